@@ -1,0 +1,9 @@
+//! Millstream: SQL views over Kafka topics and their backups, materialised to Delta and Redis.
+//!
+//! Data flows one way, source → operators → sink; control flows cli → sql → plan → runtime | batch. Each module is
+//! a room; who may import whom is in the README's code map and enforced by `tests/layout.rs`.
+
+pub mod connectors;
+pub mod error;
+pub mod sql;
+pub mod stream;

@@ -1,0 +1,3 @@
+//! Text → statements. Knows nothing of connectors or plans.
+
+pub mod options;
