@@ -1,1 +1,66 @@
+//! Scalar functions for ML features, for any Apache DataFusion session; Millstream registers them in every room,
+//! so that a feature means the same in the stream, in the backfill and at serving time.
+//!
+//! | function | answer | see |
+//! |---|---|---|
+//! | `day_of_year(x [, time_zone])` | `INT`, 1 to 366 | [`time`] |
+//! | `day_of_week(x [, time_zone])` | `INT`, ISO: Monday = 1 to Sunday = 7 | [`time`] |
+//! | `hour_of_day(x [, time_zone])` | `INT`, 0 to 23 | [`time`] |
+//!
+//! Every function is immutable (the same arguments always give the same answer: no clock, no session setting) and
+//! strict (a NULL argument gives NULL). The crate does no I/O and depends on DataFusion alone.
+//!
+//! ```
+//! use datafusion::prelude::SessionContext;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> datafusion::error::Result<()> {
+//! let mut ctx = SessionContext::new();
+//! millstream_udfs::register_all(&mut ctx)?;
+//!
+//! // 2024-04-11 14:10:05 UTC, a Thursday, as epoch milliseconds.
+//! let features = ctx
+//!     .sql(
+//!         "SELECT day_of_year(millis) AS doy, day_of_week(millis) AS dow, hour_of_day(millis) AS utc,
+//!                 hour_of_day(millis, 'Europe/Berlin') AS berlin
+//!          FROM (VALUES (1712844605951)) AS t (millis)",
+//!     )
+//!     .await?;
+//! datafusion::assert_batches_eq!(
+//!     [
+//!         "+-----+-----+-----+--------+",
+//!         "| doy | dow | utc | berlin |",
+//!         "+-----+-----+-----+--------+",
+//!         "| 102 | 4   | 14  | 16     |",
+//!         "+-----+-----+-----+--------+",
+//!     ],
+//!     &features.collect().await?
+//! );
+//! # Ok(())
+//! # }
+//! ```
 
+pub mod time;
+
+use std::sync::Arc;
+
+use datafusion::error::Result;
+use datafusion::logical_expr::ScalarUDF;
+use datafusion::logical_expr::registry::FunctionRegistry;
+
+/// Registers every function of this crate, replacing functions of the same name.
+///
+/// # Errors
+/// If the registry is read-only.
+pub fn register_all(registry: &mut dyn FunctionRegistry) -> Result<()> {
+    for udf in all() {
+        registry.register_udf(udf)?;
+    }
+    Ok(())
+}
+
+/// Every function of this crate, for registries of other kinds (Ballista executors, serialisation codecs).
+#[must_use]
+pub fn all() -> Vec<Arc<ScalarUDF>> {
+    time::all()
+}
