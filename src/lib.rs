@@ -5,5 +5,7 @@
 
 pub mod connectors;
 pub mod error;
+pub mod operators;
+pub mod runtime;
 pub mod sql;
 pub mod stream;

@@ -205,6 +205,10 @@ pub struct Barrier {
 
 /// What flows through a channel. Everything of one sender arrives in the order in which it was sent.
 #[derive(Debug, Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly every message is a batch; boxing would cost an allocation each"
+)]
 pub enum Message {
     /// Rows, and the positions that are reached once they are applied: all rows below those offsets have been sent.
     Changes {

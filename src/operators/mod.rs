@@ -1,0 +1,3 @@
+//! Pure and synchronous: changes in, changes out. No clock, no I/O, no tasks. One file or folder per operator.
+
+pub mod stateless;

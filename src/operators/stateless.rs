@@ -1,0 +1,160 @@
+//! Filter and projection. Rows keep their order and origin.
+//!
+//! A batch on which an expression fails is evaluated again row by row: the rows that fail are reported by index,
+//! the others go on (DESIGN §3 *Failing expressions*). The fast path costs nothing for this.
+
+use std::sync::Arc;
+
+use arrow::array::{Array, BooleanArray, RecordBatch, RecordBatchOptions, UInt32Array};
+use arrow::compute::{concat_batches, prep_null_mask_filter};
+use arrow::datatypes::SchemaRef;
+use datafusion::physical_plan::PhysicalExpr;
+
+use crate::error::{Error, Result};
+use crate::stream::ChangeBatch;
+
+/// Rows of the input that an expression could not be evaluated on, with the reason.
+pub type Failed = Vec<(usize, String)>;
+
+/// Evaluates `exprs`; `schema` names the result. Failing rows are left out and reported in `failed`.
+///
+/// # Errors
+/// Internal: an expression gave columns that do not fit `schema`.
+pub fn project(
+    exprs: &[Arc<dyn PhysicalExpr>],
+    schema: &SchemaRef,
+    batch: &ChangeBatch,
+    failed: &mut Failed,
+) -> Result<ChangeBatch> {
+    match evaluate(exprs, schema, &batch.rows) {
+        Ok(rows) => Ok(batch.with_rows(rows)),
+        Err(_) => {
+            let (kept, rows) = row_by_row(batch.rows.num_rows(), failed, |row| {
+                evaluate(exprs, schema, &batch.rows.slice(row, 1))
+            });
+            let rows = concat_batches(schema, &rows)?;
+            Ok(batch.take(&kept)?.with_rows(rows))
+        }
+    }
+}
+
+/// Keeps the rows on which `predicate` is true; NULL is not true. Failing rows are left out and reported.
+///
+/// # Errors
+/// Internal: the predicate is not Boolean.
+pub fn filter(
+    predicate: &Arc<dyn PhysicalExpr>,
+    batch: &ChangeBatch,
+    failed: &mut Failed,
+) -> Result<ChangeBatch> {
+    let keep = match truth(predicate, &batch.rows) {
+        Ok(keep) => keep,
+        Err(_) => {
+            let rows = batch.rows.num_rows();
+            let (kept, truths) = row_by_row(rows, failed, |row| truth(predicate, &batch.rows.slice(row, 1)));
+            let mut keep = vec![false; rows];
+            kept.values().iter().zip(&truths).for_each(|(row, truth)| keep[*row as usize] = truth.value(0));
+            BooleanArray::from(keep)
+        }
+    };
+    if keep.true_count() == keep.len() {
+        return Ok(batch.clone());
+    }
+    Ok(batch.filter(&keep)?)
+}
+
+/// Evaluates expressions over a batch whose schema they were planned for.
+///
+/// # Errors
+/// A user error when an expression fails on some row.
+pub fn evaluate(
+    exprs: &[Arc<dyn PhysicalExpr>],
+    schema: &SchemaRef,
+    rows: &RecordBatch,
+) -> Result<RecordBatch> {
+    let columns = exprs
+        .iter()
+        .map(|expr| expr.evaluate(rows)?.into_array(rows.num_rows()))
+        .collect::<datafusion::error::Result<Vec<_>>>()?;
+    let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
+    Ok(RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options)?)
+}
+
+fn truth(predicate: &Arc<dyn PhysicalExpr>, rows: &RecordBatch) -> Result<BooleanArray> {
+    let value = predicate.evaluate(rows)?.into_array(rows.num_rows())?;
+    let any: &dyn std::any::Any = value.as_any();
+    let truth = any
+        .downcast_ref::<BooleanArray>()
+        .ok_or_else(|| Error::internal("a WHERE condition is not Boolean"))?;
+    Ok(if truth.null_count() > 0 { prep_null_mask_filter(truth) } else { truth.clone() })
+}
+
+/// The rows that succeed, with their results.
+fn row_by_row<T>(
+    rows: usize,
+    failed: &mut Failed,
+    one: impl Fn(usize) -> Result<T>,
+) -> (UInt32Array, Vec<T>) {
+    let mut kept = Vec::with_capacity(rows);
+    let mut results = Vec::with_capacity(rows);
+    for row in 0..rows {
+        match one(row) {
+            Ok(result) => {
+                kept.push(row as u32);
+                results.push(result);
+            }
+            Err(error) => failed.push((row, error.to_string())),
+        }
+    }
+    (UInt32Array::from(kept), results)
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{Int64Array, RecordBatch};
+    use arrow::datatypes::{DataType, Field, Schema};
+    use datafusion::common::DFSchema;
+    use datafusion::prelude::{SessionContext, col, lit};
+
+    use super::*;
+    use crate::stream::Origin;
+
+    fn batch(values: Vec<Option<i64>>) -> ChangeBatch {
+        let schema = Arc::new(Schema::new(vec![Field::new("a", DataType::Int64, true)]));
+        let n = values.len() as i64;
+        let rows = RecordBatch::try_new(schema, vec![Arc::new(Int64Array::from(values))]).unwrap();
+        let count = || Int64Array::from_iter_values(0..n);
+        ChangeBatch::append(rows, Origin { time: count(), place: count(), offset: count() })
+    }
+
+    fn expr(of: datafusion::prelude::Expr, batch: &ChangeBatch) -> Arc<dyn PhysicalExpr> {
+        let schema = DFSchema::try_from(batch.rows.schema()).unwrap();
+        SessionContext::new().create_physical_expr(of, &schema).unwrap()
+    }
+
+    #[test]
+    fn a_failing_row_does_not_take_its_neighbours_along() {
+        let input = batch(vec![Some(1), Some(0), None, Some(4)]);
+        let schema = Arc::new(Schema::new(vec![Field::new("b", DataType::Int64, true)]));
+        let mut failed = Failed::new();
+        let out = project(&[expr(lit(8i64) / col("a"), &input)], &schema, &input, &mut failed).unwrap();
+        assert_eq!(
+            out.rows.column(0).as_ref(),
+            &Int64Array::from(vec![Some(8), None, Some(2)]) as &dyn Array
+        );
+        assert_eq!(out.origin.offset.values().to_vec(), [0, 2, 3]);
+        assert_eq!(failed.iter().map(|(row, _)| *row).collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn null_is_not_true_and_a_failing_condition_is_reported() {
+        let input = batch(vec![Some(1), Some(0), None, Some(-4)]);
+        let mut failed = Failed::new();
+        let kept = filter(&expr((lit(8i64) / col("a")).gt(lit(0i64)), &input), &input, &mut failed).unwrap();
+        assert_eq!(kept.origin.offset.values().to_vec(), [0]);
+        assert_eq!(failed.len(), 1);
+        let mut failed = Failed::new();
+        let kept = filter(&expr(col("a").gt_eq(lit(0i64)), &input), &input, &mut failed).unwrap();
+        assert_eq!((kept.origin.offset.values().to_vec(), failed.len()), (vec![0, 1], 0));
+    }
+}

@@ -1,0 +1,4 @@
+//! Tasks over bounded channels, barriers, coordinator.
+
+pub mod inbox;
+pub mod watermark;

@@ -1,0 +1,189 @@
+//! The source's clock: watermark per partition, watermark of the source, and which rows are late (DESIGN §3).
+//!
+//! A partition's watermark is max(event_time) over its preceding offsets − lateness. The source's is the minimum
+//! over its partitions that are not idle, never falling; when all are idle, their maximum counts. A row is late iff
+//! it is below its own partition's watermark or below a source watermark that was already sent downstream. Both are
+//! decided here, once per row and in offset order, so the answer does not depend on how polls cut the partition.
+//!
+//! One clock is shared by the shards of a source. A batch is decided under one lock, and what it publishes is sent
+//! by each shard behind the rows it has accepted, so no row follows a watermark that it is below.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::stream::{END_OF_TIME, Micros, Place, START_OF_TIME};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Partition {
+    /// Largest event time seen, if any row was.
+    max_time: Option<Micros>,
+    idle: bool,
+}
+
+#[derive(Debug)]
+struct Inner {
+    partitions: BTreeMap<Place, Partition>,
+    published: Micros,
+}
+
+/// Shared by the shards of one source.
+#[derive(Debug, Clone)]
+pub struct SourceClock {
+    lateness: Micros,
+    inner: Arc<Mutex<Inner>>,
+}
+
+impl SourceClock {
+    /// `partitions` with the watermark that a manifest stored for each; `published`: the source's own.
+    pub fn new(
+        lateness: Micros,
+        partitions: impl IntoIterator<Item = (Place, Option<Micros>)>,
+        published: Option<Micros>,
+    ) -> Self {
+        let restore = |(place, watermark): (Place, Option<Micros>)| {
+            let max_time = watermark.map(|watermark| watermark.saturating_add(lateness));
+            (place, Partition { max_time, idle: false })
+        };
+        let partitions = partitions.into_iter().map(restore).collect();
+        let inner = Inner { partitions, published: published.unwrap_or(START_OF_TIME) };
+        Self { lateness, inner: Arc::new(Mutex::new(inner)) }
+    }
+
+    /// Decides which rows are late, in order, and raises the watermarks. `late` gets one entry per row.
+    /// Returns the source watermark to send behind the rows.
+    pub fn observe(&self, places: &[Place], times: &[Micros], late: &mut Vec<bool>) -> Micros {
+        debug_assert_eq!(places.len(), times.len());
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let published = inner.published;
+        late.clear();
+        let mut start = 0;
+        // Runs of one partition share the look-up.
+        while start < places.len() {
+            let place = places[start];
+            let end = start + places[start..].iter().take_while(|other| **other == place).count();
+            let partition =
+                inner.partitions.entry(place).or_insert(Partition { max_time: None, idle: false });
+            partition.idle = false;
+            let mut max = partition.max_time.unwrap_or(START_OF_TIME);
+            for time in &times[start..end] {
+                let bound = max.saturating_sub(self.lateness).max(published);
+                late.push(*time < bound);
+                max = max.max(*time);
+            }
+            partition.max_time = Some(max);
+            start = end;
+        }
+        inner.publish(self.lateness)
+    }
+
+    /// A partition was read to its end and stayed silent for the idle time-out.
+    pub fn mark_idle(&self, place: Place) -> Micros {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(partition) = inner.partitions.get_mut(&place) {
+            partition.idle = true;
+        }
+        inner.publish(self.lateness)
+    }
+
+    /// `--close`: no row follows.
+    pub fn close(&self) -> Micros {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.published = END_OF_TIME;
+        END_OF_TIME
+    }
+
+    pub fn published(&self) -> Micros {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).published
+    }
+
+    /// The watermark of each partition, for the manifest.
+    pub fn partitions(&self) -> BTreeMap<Place, Option<Micros>> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let watermark = |p: &Partition| p.max_time.map(|max| max.saturating_sub(self.lateness));
+        inner.partitions.iter().map(|(place, p)| (*place, watermark(p))).collect()
+    }
+}
+
+impl Inner {
+    fn publish(&mut self, lateness: Micros) -> Micros {
+        let watermark = |p: &Partition| p.max_time.map_or(START_OF_TIME, |max| max.saturating_sub(lateness));
+        let active = self.partitions.values().filter(|p| !p.idle).map(watermark).min();
+        let next = match active {
+            Some(minimum) => minimum,
+            None => self.partitions.values().map(watermark).max().unwrap_or(START_OF_TIME),
+        };
+        self.published = self.published.max(next);
+        self.published
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(partition: i32) -> Place {
+        Place::new(0, 0, partition)
+    }
+
+    fn observe(clock: &SourceClock, rows: &[(i32, i64)]) -> (Vec<bool>, Micros) {
+        let places: Vec<Place> = rows.iter().map(|(p, _)| place(*p)).collect();
+        let times: Vec<i64> = rows.iter().map(|(_, t)| *t).collect();
+        let mut late = Vec::new();
+        let watermark = clock.observe(&places, &times, &mut late);
+        (late, watermark)
+    }
+
+    #[test]
+    fn the_source_waits_for_its_slowest_partition() {
+        let clock = SourceClock::new(10, [(place(0), None), (place(1), None)], None);
+        assert_eq!(observe(&clock, &[(0, 100)]), (vec![false], START_OF_TIME));
+        assert_eq!(observe(&clock, &[(1, 50)]), (vec![false], 40));
+        assert_eq!(observe(&clock, &[(1, 39), (1, 40), (1, 500)]), (vec![true, false, false], 90));
+    }
+
+    #[test]
+    fn a_row_does_not_make_itself_late_and_cuts_do_not_matter() {
+        let rows: Vec<(i32, i64)> = (0..400).map(|i| (i % 3, i64::from(i * 7919 % 400))).collect();
+        let whole = SourceClock::new(25, (0..3).map(|p| (place(p), None)), None);
+        let (late, end) = observe(&whole, &rows);
+        let mut expected = Vec::new();
+        let mut max = [i64::MIN; 3];
+        for (p, t) in &rows {
+            expected.push(*t < max[*p as usize].saturating_sub(25));
+            max[*p as usize] = max[*p as usize].max(*t);
+        }
+        assert_eq!(late, expected);
+        assert!(late.iter().any(|late| *late) && late.iter().any(|late| !*late));
+        for cut in [1, 7, 50] {
+            // Within one partition every cut decides alike; the source watermark is never above a partition's own.
+            let clock = SourceClock::new(25, (0..3).map(|p| (place(p), None)), None);
+            let mut all = Vec::new();
+            let mut last = START_OF_TIME;
+            for part in rows.chunks(cut) {
+                let (late, watermark) = observe(&clock, part);
+                assert!(watermark >= last);
+                last = watermark;
+                all.extend(late);
+            }
+            assert_eq!((all, last), (late.clone(), end));
+        }
+    }
+
+    #[test]
+    fn idle_partitions_let_go_and_what_they_bring_later_may_be_late() {
+        let clock = SourceClock::new(0, [(place(0), None), (place(1), None)], None);
+        assert_eq!(observe(&clock, &[(0, 100)]).1, START_OF_TIME);
+        assert_eq!(clock.mark_idle(place(1)), 100);
+        assert_eq!(observe(&clock, &[(1, 99), (1, 100)]), (vec![true, false], 100));
+        clock.mark_idle(place(0));
+        assert_eq!(clock.mark_idle(place(1)), 100);
+    }
+
+    #[test]
+    fn restored_watermarks_decide_as_before() {
+        let before = SourceClock::new(10, [(place(0), None)], None);
+        observe(&before, &[(0, 100)]);
+        let after = SourceClock::new(10, before.partitions(), Some(before.published()));
+        assert_eq!(observe(&after, &[(0, 89), (0, 90)]), observe(&before, &[(0, 89), (0, 90)]));
+    }
+}
