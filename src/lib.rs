@@ -6,4 +6,5 @@
 pub mod connectors;
 pub mod error;
 pub mod sql;
+pub mod state;
 pub mod stream;

@@ -33,7 +33,8 @@ impl Options {
 
     /// For tests and for options that do not come from SQL.
     pub fn of(owner: &str, entries: &[(&str, &str)]) -> Self {
-        let entry = |(k, v): &(&str, &str)| ((*k).to_owned(), OptionValue { value: (*v).to_owned(), place: None });
+        let entry =
+            |(k, v): &(&str, &str)| ((*k).to_owned(), OptionValue { value: (*v).to_owned(), place: None });
         Self::new(owner, entries.iter().map(entry))
     }
 
@@ -88,7 +89,9 @@ impl Options {
         self.known.push(format!("{prefix}*"));
         let keys: Vec<String> = self.left.keys().filter(|key| key.starts_with(prefix)).cloned().collect();
         keys.into_iter()
-            .filter_map(|key| self.left.remove(&key).map(|option| (key[prefix.len()..].to_owned(), option.value)))
+            .filter_map(|key| {
+                self.left.remove(&key).map(|option| (key[prefix.len()..].to_owned(), option.value))
+            })
             .collect()
     }
 
@@ -157,7 +160,8 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
 
 /// The known word nearest to `word`, if it is near enough to be a slip of the pen.
 pub fn nearest<'a>(word: &str, known: &'a [String]) -> Option<&'a str> {
-    let distance = |candidate: &str| edit_distance(&word.to_ascii_lowercase(), &candidate.to_ascii_lowercase());
+    let distance =
+        |candidate: &str| edit_distance(&word.to_ascii_lowercase(), &candidate.to_ascii_lowercase());
     let best = known.iter().min_by_key(|candidate| distance(candidate))?;
     (distance(best) <= 1 + word.len() / 4).then_some(best.as_str())
 }

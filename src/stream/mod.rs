@@ -207,10 +207,16 @@ pub struct Barrier {
 #[derive(Debug, Clone)]
 pub enum Message {
     /// Rows, and the positions that are reached once they are applied: all rows below those offsets have been sent.
-    Changes { batch: ChangeBatch, reached: Arc<Positions> },
+    Changes {
+        batch: ChangeBatch,
+        reached: Arc<Positions>,
+    },
     /// No row with event time < `time` follows on the on-time port. Also carries positions, so that a receiver
     /// which gets no rows of a partition still learns how far it was read.
-    Watermark { time: Micros, reached: Arc<Positions> },
+    Watermark {
+        time: Micros,
+        reached: Arc<Positions>,
+    },
     Barrier(Barrier),
 }
 
