@@ -8,4 +8,5 @@ pub mod error;
 pub mod operators;
 pub mod runtime;
 pub mod sql;
+pub mod state;
 pub mod stream;
