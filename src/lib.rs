@@ -5,5 +5,6 @@
 
 pub mod connectors;
 pub mod error;
+pub mod operators;
 pub mod sql;
 pub mod stream;

@@ -1,0 +1,3 @@
+//! Operators: pure and synchronous, changes in, changes out. They never read a clock and never do I/O.
+
+pub mod newest;
