@@ -52,7 +52,8 @@ impl MemoryStore {
     /// # Errors
     /// User: a key column of a type that cannot be a key.
     pub fn new(schema: SchemaRef, key_columns: Vec<usize>) -> Result<Self> {
-        let fields = key_columns.iter().map(|&column| SortField::new(schema.field(column).data_type().clone()));
+        let fields =
+            key_columns.iter().map(|&column| SortField::new(schema.field(column).data_type().clone()));
         let converter = RowConverter::new(fields.collect())
             .map_err(|error| Error::user("a key column has a type that cannot be a key").because(error))?;
         let inner = Inner {
@@ -285,8 +286,10 @@ mod tests {
             model.extend(batch.iter().map(|(key, value)| (key.unwrap_or(-1), *value)));
             let gone = number % 300;
             model.remove(&gone);
-            let write =
-                OnlineWrite { deletes: Some(rows(&schema, &[(Some(gone), 0)])), ..put(rows(&schema, &batch)) };
+            let write = OnlineWrite {
+                deletes: Some(rows(&schema, &[(Some(gone), 0)])),
+                ..put(rows(&schema, &batch))
+            };
             assert_eq!(store.flush(1, 0, number as u64, &write, &none).await.unwrap(), Flushed::Done);
         }
         assert_eq!(content(&store), model);

@@ -28,13 +28,10 @@
 
 mod keys;
 mod store;
-#[cfg(test)]
-mod tests;
-
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, UInt32Array};
+use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, UInt32Array};
 use arrow::compute::take_record_batch;
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 
@@ -360,7 +357,8 @@ impl Newest {
 
     fn split_snapshot(&self, batch: &RecordBatch) -> Result<(RecordBatch, Origin, BooleanArray)> {
         let wrong = || Error::internal("a snapshot of newest rows has other columns than its table");
-        let types_of = |schema: &Schema| schema.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
+        let types_of =
+            |schema: &Schema| schema.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
         if types_of(batch.schema_ref()) != types_of(&self.snapshot_schema) {
             return Err(wrong());
         }
@@ -373,7 +371,8 @@ impl Newest {
 
     /// Fills `row_slots`; returns the number of rows with a NULL key.
     fn intern(&mut self, rows: &RecordBatch) -> Result<usize> {
-        let columns: Vec<ArrayRef> = self.key_columns.iter().map(|&column| rows.column(column).clone()).collect();
+        let columns: Vec<ArrayRef> =
+            self.key_columns.iter().map(|&column| rows.column(column).clone()).collect();
         let nulls = self.keys.intern(&columns, &mut self.row_slots)?;
         self.slots.resize(self.keys.slot_count(), Slot::default());
         self.at.resize(self.keys.slot_count(), Pointer::VACANT);
@@ -406,7 +405,8 @@ impl Newest {
         }
         // Reading order, so that `take` runs forward and the chunk does not depend on the hash table.
         touched.sort_unstable_by_key(|&slot| self.at[slot as usize].row());
-        let indices: UInt32Array = touched.iter().map(|&slot| self.at[slot as usize].row()).collect::<Vec<_>>().into();
+        let indices: UInt32Array =
+            touched.iter().map(|&slot| self.at[slot as usize].row()).collect::<Vec<_>>().into();
         let winners = take_record_batch(rows, &indices)?;
         self.chunks.add(winners, &touched, &mut self.at)?;
         if let Some(ttl) = self.ttl {

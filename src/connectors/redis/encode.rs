@@ -19,8 +19,8 @@ use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch};
 use arrow::buffer::NullBuffer;
 use arrow::compute::cast;
 use arrow::datatypes::{
-    ArrowPrimitiveType, ArrowTimestampType, DataType, Date32Type, Date64Type, Float32Type, Float64Type, Int8Type,
-    Int16Type, Int32Type, Int64Type, TimeUnit, TimestampMicrosecondType, TimestampMillisecondType,
+    ArrowPrimitiveType, ArrowTimestampType, DataType, Date32Type, Date64Type, Float32Type, Float64Type,
+    Int8Type, Int16Type, Int32Type, Int64Type, TimeUnit, TimestampMicrosecondType, TimestampMillisecondType,
     TimestampNanosecondType, TimestampSecondType, UInt8Type, UInt16Type, UInt32Type, UInt64Type,
 };
 use arrow::util::display::{ArrayFormatter, FormatOptions};
@@ -49,7 +49,8 @@ fn is_span(data_type: &DataType) -> bool {
 
 /// Rows that have a NULL in one of `key_columns`, in order. They cannot be stored; the caller makes them dead letters.
 pub fn null_keys(rows: &RecordBatch, key_columns: &[usize]) -> Vec<usize> {
-    let nulls: Vec<NullBuffer> = key_columns.iter().filter_map(|&key| rows.column(key).logical_nulls()).collect();
+    let nulls: Vec<NullBuffer> =
+        key_columns.iter().filter_map(|&key| rows.column(key).logical_nulls()).collect();
     (0..rows.num_rows()).filter(|&row| nulls.iter().any(|nulls| nulls.is_null(row))).collect()
 }
 
@@ -83,7 +84,9 @@ impl TextColumn {
             T::Null => self.each(array, |_, _| {}),
             T::Boolean => {
                 let values = array.as_boolean();
-                self.each(array, |out, row| out.extend_from_slice(if values.value(row) { b"true" } else { b"false" }));
+                self.each(array, |out, row| {
+                    out.extend_from_slice(if values.value(row) { b"true" } else { b"false" })
+                });
             }
             T::Int8 => self.integers::<Int8Type>(array),
             T::Int16 => self.integers::<Int16Type>(array),
@@ -253,9 +256,9 @@ fn timestamp(out: &mut Vec<u8>, value: i64, per_second: i64) {
     digits::<2>(out, second_of_day % 60);
     if nanos > 0 {
         out.push(b'.');
-        if nanos % 1_000_000 == 0 {
+        if nanos.is_multiple_of(1_000_000) {
             digits::<3>(out, nanos / 1_000_000);
-        } else if nanos % 1_000 == 0 {
+        } else if nanos.is_multiple_of(1_000) {
             digits::<6>(out, nanos / 1_000);
         } else {
             digits::<9>(out, nanos);
@@ -401,7 +404,8 @@ impl Encoder {
             if nullable {
                 self.scratch.clear();
                 if self.columns.iter().any(|column| column.is_null(row)) {
-                    self.scratch.extend(self.columns.iter().map(|column| b'0' + u8::from(column.is_null(row))));
+                    self.scratch
+                        .extend(self.columns.iter().map(|column| b'0' + u8::from(column.is_null(row))));
                 }
                 bulk(out, &self.scratch);
             }

@@ -25,8 +25,6 @@ pub mod encode;
 pub mod scan;
 mod script;
 mod store;
-#[cfg(test)]
-mod tests;
 mod wire;
 
 use std::fmt;
@@ -127,7 +125,8 @@ impl RedisConfig {
         let find = |name: &String| {
             schema.index_of(name).map_err(|_| {
                 let names: Vec<String> = schema.fields().iter().map(|field| field.name().clone()).collect();
-                let error = Error::user(format!("the key column {name} is not among the columns of the sink"));
+                let error =
+                    Error::user(format!("the key column {name} is not among the columns of the sink"));
                 match nearest(name, &names) {
                     Some(near) => error.hint(format!("Did you mean {near}?")),
                     None => error.hint(format!("Its columns are {}.", names.join(", "))),

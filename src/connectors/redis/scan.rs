@@ -163,9 +163,13 @@ impl Reader {
         for (builder, field) in self.columns.iter_mut().zip(self.schema.fields()) {
             let texts: ArrayRef = Arc::new(builder.finish());
             let values = decode(&texts, field.data_type()).map_err(|error| {
-                Error::external(format!("the Redis field {} does not hold {}", field.name(), field.data_type()))
-                    .hint("The hash was written by another program or an older version of the sink.")
-                    .because(error)
+                Error::external(format!(
+                    "the Redis field {} does not hold {}",
+                    field.name(),
+                    field.data_type()
+                ))
+                .hint("The hash was written by another program or an older version of the sink.")
+                .because(error)
             })?;
             columns.push(values);
         }
@@ -186,7 +190,9 @@ fn decode(texts: &ArrayRef, to: &DataType) -> Result<ArrayRef, arrow::error::Arr
     let strict = CastOptions { safe: false, ..CastOptions::default() };
     match to {
         DataType::Null => Ok(new_null_array(to, texts.len())),
-        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => cast_with_options(texts, to, &strict),
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => {
+            cast_with_options(texts, to, &strict)
+        }
         _ => cast_with_options(&cast_with_options(texts, &DataType::Utf8, &strict)?, to, &strict),
     }
 }

@@ -107,11 +107,8 @@ pub(super) fn offset_field(place: Place) -> String {
 /// The inverse of [`offset_field`]; `None` for other fields.
 pub(super) fn parse_offset_field(field: &str) -> Option<Place> {
     let mut parts = field.strip_prefix("offset:")?.split(':');
-    let place = Place::new(
-        parts.next()?.parse().ok()?,
-        parts.next()?.parse().ok()?,
-        parts.next()?.parse().ok()?,
-    );
+    let place =
+        Place::new(parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
     parts.next().is_none().then_some(place)
 }
 

@@ -10,7 +10,7 @@ use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use arrow::array::{Array, RecordBatch};
+use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 
@@ -116,8 +116,12 @@ impl Pool {
 
     pub(super) fn unreachable(&self, error: io::Error) -> Error {
         let (what, hint) = match error.kind() {
-            io::ErrorKind::PermissionDenied => ("refused the log-in", "Check user, password and database in the url."),
-            io::ErrorKind::InvalidData => ("answers something else", "Check that the url is that of a Redis server."),
+            io::ErrorKind::PermissionDenied => {
+                ("refused the log-in", "Check user, password and database in the url.")
+            }
+            io::ErrorKind::InvalidData => {
+                ("answers something else", "Check that the url is that of a Redis server.")
+            }
             _ => ("does not answer", "Start the server, or set the option url to where it runs."),
         };
         Error::external(format!("redis at {} {what}", self.shown)).hint(hint).because(error)
@@ -130,7 +134,9 @@ impl Pool {
                 let mut lane = self.lane().await?;
                 let reply = lane.wire.ask(arguments).await?;
                 match reply {
-                    Reply::Error(error) if passes(&error) => Err(io::Error::new(io::ErrorKind::ResourceBusy, error)),
+                    Reply::Error(error) if passes(&error) => {
+                        Err(io::Error::new(io::ErrorKind::ResourceBusy, error))
+                    }
                     reply => {
                         self.put_back(lane);
                         Ok(reply)
@@ -176,7 +182,12 @@ impl RedisStore {
     /// # Errors
     /// User: a key column that the schema lacks, a column without a text form. External: no server there, or it
     /// refuses the log-in.
-    pub async fn connect(config: &RedisConfig, pipeline: &str, sink: &str, schema: &SchemaRef) -> Result<Self> {
+    pub async fn connect(
+        config: &RedisConfig,
+        pipeline: &str,
+        sink: &str,
+        schema: &SchemaRef,
+    ) -> Result<Self> {
         check_schema(schema)?;
         let key_columns = config.key_columns(schema)?;
         let mut fields = Vec::new();
@@ -239,10 +250,12 @@ impl RedisStore {
     fn verdict(&self, replies: &[Reply], flush: &str, again: bool) -> Result<Flushed, Failure> {
         for reply in replies {
             let (word, detail) = match reply {
-                Reply::Array(parts) => match (parts.first().and_then(Reply::text), parts.get(1).and_then(Reply::text)) {
-                    (Some(word), Some(detail)) => (word, detail),
-                    _ => return Err(Failure::Final(self.pool.odd())),
-                },
+                Reply::Array(parts) => {
+                    match (parts.first().and_then(Reply::text), parts.get(1).and_then(Reply::text)) {
+                        (Some(word), Some(detail)) => (word, detail),
+                        _ => return Err(Failure::Final(self.pool.odd())),
+                    }
+                }
                 Reply::Error(error) if passes(error) => {
                     return Err(io::Error::new(io::ErrorKind::ResourceBusy, error.as_str()).into());
                 }
@@ -259,7 +272,11 @@ impl RedisStore {
                     return Ok(Flushed::Fenced { by });
                 }
                 // The call before it was not run: the server forgot the script in between.
-                "GAP" => return Err(io::Error::new(io::ErrorKind::Interrupted, "a script call was not run").into()),
+                "GAP" => {
+                    return Err(
+                        io::Error::new(io::ErrorKind::Interrupted, "a script call was not run").into()
+                    );
+                }
                 _ => return Err(Failure::Final(self.pool.odd())),
             }
         }

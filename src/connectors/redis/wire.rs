@@ -71,7 +71,12 @@ impl Wire {
                 }
                 #[cfg(unix)]
                 ConnectionAddr::Unix(path) => Box::new(tokio::net::UnixStream::connect(path).await?),
-                _ => return Err(io::Error::new(io::ErrorKind::Unsupported, "this kind of address is not supported")),
+                _ => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::Unsupported,
+                        "this kind of address is not supported",
+                    ));
+                }
             };
             let mut wire = Self { stream, received: Vec::new(), parsed: 0 };
             wire.log_in(address).await?;
@@ -96,7 +101,11 @@ impl Wire {
         for words in commands {
             if let Reply::Error(error) = self.ask(&words).await? {
                 // LOADING and the like pass by themselves; the rest needs a person.
-                let kind = if passes(&error) { io::ErrorKind::ResourceBusy } else { io::ErrorKind::PermissionDenied };
+                let kind = if passes(&error) {
+                    io::ErrorKind::ResourceBusy
+                } else {
+                    io::ErrorKind::PermissionDenied
+                };
                 return Err(io::Error::new(kind, error));
             }
         }
@@ -130,7 +139,10 @@ impl Wire {
                 self.parsed = 0;
                 self.received.reserve(READ_CHUNK.max(self.received.len()));
                 if self.stream.read_buf(&mut self.received).await? == 0 {
-                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection"));
+                    return Err(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the server closed the connection",
+                    ));
                 }
             }
         })

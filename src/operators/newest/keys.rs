@@ -60,7 +60,8 @@ impl Keys {
         slots.clear();
         self.rows.clear();
         self.converter.append(&mut self.rows, columns)?;
-        let nullable: Vec<&ArrayRef> = columns.iter().filter(|column| column.logical_null_count() > 0).collect();
+        let nullable: Vec<&ArrayRef> =
+            columns.iter().filter(|column| column.logical_null_count() > 0).collect();
         let mut nulls = 0;
         for row in 0..self.rows.num_rows() {
             if nullable.iter().any(|column| column.is_null(row)) {
