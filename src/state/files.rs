@@ -181,7 +181,7 @@ fn check_sorted(batch: &RecordBatch) -> Result<(), String> {
         return Err(format!("its first column is not {GROUP_COLUMN}"));
     }
     let groups = batch.column(0).as_primitive::<UInt8Type>();
-    if groups.logical_null_count() > 0 || !groups.values().is_sorted() {
+    if groups.null_count() > 0 || !groups.values().is_sorted() {
         return Err(format!("its rows are not sorted by {GROUP_COLUMN}"));
     }
     Ok(())

@@ -4,7 +4,8 @@
 //! ([`files`]). A [`manifest`] names every live file together with the offsets that they were built from; manifests
 //! form one chain, and owning the newest one is owning the pipeline. [`store`] is the only part that does I/O.
 //!
-//! Three formats here are persistent and frozen by tests: the key hash, the state file and the manifest.
+//! Three formats here are persistent: the key hash (frozen by golden values), the state file and the manifest (each
+//! with a format version that is checked before anything else is believed).
 
 pub mod files;
 pub mod keys;
