@@ -1,4 +1,5 @@
 //! Pure and synchronous: changes in, changes out. No clock, no I/O, no tasks. One file or folder per operator.
 
 pub mod newest;
+pub mod over;
 pub mod stateless;

@@ -1,0 +1,433 @@
+//! OVER: aggregates over the rows of a key up to each row, by event time (DESIGN §3 *Order*, *Emissions*).
+//!
+//! A frame is `RANGE BETWEEN {UNBOUNDED | INTERVAL n} PRECEDING AND CURRENT ROW`: it holds all rows of the key whose
+//! event time lies in [t − n, t], later rows of equal time included. So a row at t is final when t < W.
+//!
+//! - Emission `final`: at watermark W every row with t < W, with its results, once.
+//! - Emission `latest`: after each batch, per touched key its greatest row in the total order, with its results over
+//!   all rows accepted so far. A touched key's greatest row is always pending: an accepted row has t ≥ W.
+//!
+//! Cost per row: O(log n) to insert and finalise, amortised O(1) per frame; nothing visits keys without new rows.
+//! Two cursors run over a key's ordered rows: *final*, up to the watermark, and *latest*, over everything accepted.
+//! Unbounded frames keep only their aggregate; sliding ones keep their rows, in the batches in which they came.
+
+mod aggregate;
+mod cells;
+mod rows;
+mod snapshot;
+mod spec;
+#[cfg(test)]
+mod tests;
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, RecordBatch};
+use arrow::datatypes::{DataType, Schema, SchemaRef};
+
+pub use snapshot::OverSnapshot;
+pub use spec::{Frame, Function, OverSpec, WindowCall};
+
+use crate::error::Result;
+use crate::state::keys::{KeyIndex, hash_keys};
+use crate::stream::{ChangeBatch, Micros, START_OF_TIME};
+use aggregate::Value;
+use cells::{Call, Cell};
+use rows::{Argument, Chunks, Entry, KeyRows};
+
+/// Rows per emitted batch, about.
+const BATCH_ROWS: usize = 8_192;
+
+/// The sliding frame of some calls: how far back, and which calls.
+#[derive(Debug)]
+struct Sliding {
+    micros: i64,
+    calls: Vec<usize>,
+}
+
+/// Cells of one cursor: one per call, and per sliding frame the index of its first row.
+#[derive(Debug, Clone)]
+struct Cursor {
+    cells: Vec<Cell>,
+    left: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct Key {
+    rows: KeyRows,
+    finals: Cursor,
+    /// Only if the emission `latest` is wanted.
+    latest: Option<Cursor>,
+    dirty: bool,
+    queued_for_eviction: bool,
+}
+
+pub struct Over {
+    spec: OverSpec,
+    output: SchemaRef,
+    calls: Vec<Call>,
+    sliding: Vec<Sliding>,
+    /// Input columns that chunks keep: (column, only whether it is NULL).
+    arguments: Vec<(usize, bool)>,
+    index: KeyIndex,
+    keys: Vec<Key>,
+    chunks: Chunks,
+    watermark: Micros,
+    /// (time of the first pending row, slot); may hold outdated entries.
+    pending: BinaryHeap<Reverse<(Micros, u32)>>,
+    /// (time of the oldest row kept for frames, slot).
+    evictions: BinaryHeap<Reverse<(Micros, u32)>>,
+    /// Input since the last snapshot.
+    fresh: Vec<ChangeBatch>,
+    dirty: Vec<u32>,
+    late: u64,
+    hashes: Vec<u64>,
+    slots: Vec<u32>,
+    touched: Vec<u32>,
+}
+
+impl Over {
+    /// # Errors
+    /// User: a key of a type that cannot be hashed.
+    pub fn new(spec: OverSpec) -> Result<Self> {
+        let mut fields: Vec<_> = spec.input.fields().iter().cloned().collect();
+        fields.extend(spec.calls.iter().map(|call| Arc::clone(&call.output)));
+        let types: Vec<DataType> =
+            spec.partition_by.iter().map(|key| spec.input.field(*key).data_type().clone()).collect();
+        let mut arguments: Vec<(usize, bool)> = Vec::new();
+        let mut keep = |column: usize, presence: bool| {
+            arguments.iter().position(|known| *known == (column, presence)).unwrap_or_else(|| {
+                arguments.push((column, presence));
+                arguments.len() - 1
+            })
+        };
+        let calls: Vec<Call> = spec
+            .calls
+            .iter()
+            .map(|call| {
+                let presence = call.function == Function::Count;
+                let argument = call.argument.map(|column| keep(column, presence));
+                Call::new(call, argument, call.filter.map(|column| keep(column, false)))
+            })
+            .collect();
+        let mut sliding: Vec<Sliding> = Vec::new();
+        for (at, call) in calls.iter().enumerate() {
+            let Frame::Preceding { micros } = call.frame else { continue };
+            match sliding.iter_mut().find(|frame| frame.micros == micros) {
+                Some(frame) => frame.calls.push(at),
+                None => sliding.push(Sliding { micros, calls: vec![at] }),
+            }
+        }
+        Ok(Self {
+            output: Arc::new(Schema::new(fields)),
+            calls,
+            sliding,
+            arguments,
+            index: KeyIndex::new(&types)?,
+            keys: Vec::new(),
+            chunks: Chunks::default(),
+            watermark: START_OF_TIME,
+            pending: BinaryHeap::new(),
+            evictions: BinaryHeap::new(),
+            fresh: Vec::new(),
+            dirty: Vec::new(),
+            late: 0,
+            hashes: Vec::new(),
+            slots: Vec::new(),
+            touched: Vec::new(),
+            spec,
+        })
+    }
+
+    /// Input columns, then one per call.
+    pub fn output_schema(&self) -> SchemaRef {
+        Arc::clone(&self.output)
+    }
+
+    pub fn watermark(&self) -> Micros {
+        self.watermark
+    }
+
+    /// Keys held.
+    pub fn keys(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Batches held for frames and pending rows.
+    pub fn chunks(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// Rows below the watermark that were pushed all the same, and ignored: the source decides lateness, so any is a
+    /// fault of ours.
+    pub fn late(&self) -> u64 {
+        self.late
+    }
+
+    /// Rows whose event time is below this are needed by no frame any more.
+    pub fn horizon(&self) -> Micros {
+        let longest = self.sliding.iter().map(|frame| frame.micros).max().unwrap_or(0);
+        self.watermark.saturating_sub(longest)
+    }
+
+    /// Takes on-time rows in any order. If `latest` is wanted, returns per touched key its greatest row.
+    ///
+    /// # Errors
+    /// Internal only.
+    pub fn push(&mut self, batch: &ChangeBatch) -> Result<Option<ChangeBatch>> {
+        debug_assert!(batch.weights.is_none(), "an OVER takes append-only input");
+        if batch.num_rows() == 0 {
+            return Ok(None);
+        }
+        self.touched.clear();
+        self.load(batch, self.watermark)?;
+        self.fresh.push(batch.clone());
+        if !self.spec.want_latest {
+            return Ok(None);
+        }
+        let mut touched = std::mem::take(&mut self.touched);
+        touched.sort_unstable();
+        touched.dedup();
+        let mut entries = Vec::with_capacity(touched.len());
+        let mut results: Vec<Vec<Option<Value>>> = vec![Vec::with_capacity(touched.len()); self.calls.len()];
+        for slot in &touched {
+            let key = &mut self.keys[*slot as usize];
+            let (Some(cursor), Some(last)) = (key.latest.as_mut(), key.rows.last()) else { continue };
+            let last = *last;
+            for (at, frame) in self.sliding.iter().enumerate() {
+                cursor.slide(at, frame, &self.calls, &key.rows, &self.chunks, last.time);
+            }
+            entries.push(last);
+            for (at, call) in self.calls.iter().enumerate() {
+                results[at].push(cursor.cells[at].result(call));
+            }
+        }
+        self.touched = touched;
+        self.emit(&entries, &results).map(Some)
+    }
+
+    /// Raises the watermark: every row with t < `watermark` becomes final and is returned, per key in order.
+    ///
+    /// # Errors
+    /// Internal only.
+    pub fn advance(&mut self, watermark: Micros) -> Result<Vec<ChangeBatch>> {
+        let mut out = Vec::new();
+        if watermark <= self.watermark {
+            return Ok(out);
+        }
+        self.watermark = watermark;
+        let mut entries = Vec::new();
+        let mut results: Vec<Vec<Option<Value>>> = vec![Vec::new(); self.calls.len()];
+        while let Some(Reverse((time, slot))) = self.pending.peek().copied() {
+            if time >= watermark {
+                break;
+            }
+            self.pending.pop();
+            self.finalise(slot, &mut entries, &mut results);
+            if entries.len() >= BATCH_ROWS {
+                self.flush(&mut entries, &mut results, &mut out)?;
+            }
+        }
+        self.flush(&mut entries, &mut results, &mut out)?;
+        self.evict();
+        Ok(out)
+    }
+
+    /// Interns keys, stores the batch as a chunk and its rows as entries; rows below `pending_from` are final.
+    fn load(&mut self, batch: &ChangeBatch, pending_from: Micros) -> Result<()> {
+        let columns: Vec<ArrayRef> =
+            self.spec.partition_by.iter().map(|key| Arc::clone(batch.rows.column(*key))).collect();
+        self.intern(&columns, batch.num_rows())?;
+        let arguments = self
+            .arguments
+            .iter()
+            .map(|(column, presence)| Argument::new(batch.rows.column(*column), *presence))
+            .collect::<Result<Vec<_>>>()?;
+        let times = batch.origin.time.values();
+        let kept = times.iter().filter(|time| **time >= pending_from).count();
+        self.late += (times.len() - kept) as u64;
+        if kept == 0 {
+            return Ok(());
+        }
+        let chunk = self.chunks.add(batch.rows.clone(), arguments, kept)?;
+        let slots = std::mem::take(&mut self.slots);
+        for (row, slot) in slots.iter().enumerate() {
+            let (time, place, offset) = batch.origin.key(row);
+            if time >= pending_from {
+                self.insert(*slot, Entry { time, place, offset, chunk, row: row as u32 });
+            }
+        }
+        self.slots = slots;
+        Ok(())
+    }
+
+    fn intern(&mut self, columns: &[ArrayRef], rows: usize) -> Result<()> {
+        hash_keys(columns, rows, &mut self.hashes)?;
+        let new = self.index.intern(columns, &self.hashes, &mut self.slots)?;
+        let (calls, frames) = (&self.calls, self.sliding.len());
+        let cursor = || Cursor { cells: calls.iter().map(Cell::new).collect(), left: vec![0; frames] };
+        for _ in 0..new {
+            let latest = self.spec.want_latest.then(cursor);
+            let rows = KeyRows::default();
+            self.keys.push(Key { rows, finals: cursor(), latest, dirty: false, queued_for_eviction: false });
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, slot: u32, entry: Entry) {
+        let key = &mut self.keys[slot as usize];
+        let at = key.rows.insert(entry);
+        if at == key.rows.finals() {
+            self.pending.push(Reverse((entry.time, slot)));
+        }
+        let Some(cursor) = key.latest.as_mut() else { return };
+        if self.touched.last() != Some(&slot) {
+            self.touched.push(slot);
+        }
+        for (call, cell) in self.calls.iter().zip(&mut cursor.cells) {
+            if call.frame == Frame::Unbounded {
+                cell.add(call, &self.chunks, &entry);
+            }
+        }
+        for (frame, left) in self.sliding.iter().zip(&mut cursor.left) {
+            if at < *left {
+                // Before the frame of the greatest row: not counted, but it moves the frame's start along.
+                *left += 1;
+                continue;
+            }
+            for call in &frame.calls {
+                cursor.cells[*call].add(&self.calls[*call], &self.chunks, &entry);
+            }
+        }
+    }
+
+    /// Finalises the rows of a key below the watermark.
+    fn finalise(&mut self, slot: u32, entries: &mut Vec<Entry>, results: &mut [Vec<Option<Value>>]) {
+        let key = &mut self.keys[slot as usize];
+        let (first, end) = (key.rows.finals(), key.rows.len());
+        let mut at = first;
+        while at < end && key.rows.get(at).time < self.watermark {
+            let time = key.rows.get(at).time;
+            let start = at;
+            while at < end && key.rows.get(at).time == time {
+                for (call, cell) in self.calls.iter().zip(&mut key.finals.cells) {
+                    cell.add(call, &self.chunks, key.rows.get(at));
+                }
+                at += 1;
+            }
+            for (frame_at, frame) in self.sliding.iter().enumerate() {
+                key.finals.slide(frame_at, frame, &self.calls, &key.rows, &self.chunks, time);
+            }
+            if self.spec.want_final {
+                entries.extend((start..at).map(|row| *key.rows.get(row)));
+                for (call, (cell, column)) in
+                    self.calls.iter().zip(key.finals.cells.iter().zip(results.iter_mut()))
+                {
+                    let result = cell.result(call);
+                    column.extend(std::iter::repeat_n(result, at - start));
+                }
+            }
+        }
+        if at == first {
+            return;
+        }
+        key.rows.finalise(at - first);
+        if !std::mem::replace(&mut key.dirty, true) {
+            self.dirty.push(slot);
+        }
+        if let Some(next) = key.rows.first_pending() {
+            self.pending.push(Reverse((next.time, slot)));
+        }
+        if !self.spec.want_final {
+            (first..at).for_each(|row| self.chunks.emitted(key.rows.get(row)));
+        }
+        if !std::mem::replace(&mut key.queued_for_eviction, true) {
+            self.evictions.push(Reverse((key.rows.get(0).time, slot)));
+        }
+    }
+
+    fn flush(
+        &mut self,
+        entries: &mut Vec<Entry>,
+        results: &mut [Vec<Option<Value>>],
+        out: &mut Vec<ChangeBatch>,
+    ) -> Result<()> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        out.push(self.emit(entries, results)?);
+        entries.drain(..).for_each(|entry| self.chunks.emitted(&entry));
+        results.iter_mut().for_each(Vec::clear);
+        Ok(())
+    }
+
+    /// Input rows of the entries with the calls' results behind them.
+    fn emit(&self, entries: &[Entry], results: &[Vec<Option<Value>>]) -> Result<ChangeBatch> {
+        let input = self.chunks.rows(&self.spec.input, entries)?;
+        let mut columns = input.rows.columns().to_vec();
+        for (call, results) in self.calls.iter().zip(results) {
+            columns.push(call.column(results)?);
+        }
+        Ok(input.with_rows(RecordBatch::try_new(Arc::clone(&self.output), columns)?))
+    }
+
+    /// Lets go of final rows that no frame needs.
+    fn evict(&mut self) {
+        let horizon = self.horizon();
+        while let Some(Reverse((time, slot))) = self.evictions.peek().copied() {
+            if time >= horizon {
+                break;
+            }
+            self.evictions.pop();
+            let key = &mut self.keys[slot as usize];
+            key.queued_for_eviction = false;
+            while let Some(entry) = key.rows.pop_before(horizon) {
+                key.finals.forget(&self.sliding, &self.calls, &self.chunks, &entry);
+                if let Some(cursor) = key.latest.as_mut() {
+                    cursor.forget(&self.sliding, &self.calls, &self.chunks, &entry);
+                }
+                self.chunks.release(&entry);
+            }
+            if key.rows.finals() > 0 {
+                key.queued_for_eviction = true;
+                self.evictions.push(Reverse((key.rows.get(0).time, slot)));
+            }
+        }
+    }
+}
+
+impl Cursor {
+    /// Moves the start of a frame up for a row at `time`.
+    fn slide(
+        &mut self,
+        at: usize,
+        frame: &Sliding,
+        calls: &[Call],
+        rows: &KeyRows,
+        chunks: &Chunks,
+        time: Micros,
+    ) {
+        let start = time.saturating_sub(frame.micros);
+        while self.left[at] < rows.len() && rows.get(self.left[at]).time < start {
+            let entry = rows.get(self.left[at]);
+            for call in &frame.calls {
+                self.cells[*call].remove(&calls[*call], chunks, entry);
+            }
+            self.left[at] += 1;
+        }
+    }
+
+    /// The oldest row of the key is dropped.
+    fn forget(&mut self, sliding: &[Sliding], calls: &[Call], chunks: &Chunks, entry: &Entry) {
+        for (frame, left) in sliding.iter().zip(&mut self.left) {
+            if *left > 0 {
+                *left -= 1;
+                continue;
+            }
+            for call in &frame.calls {
+                self.cells[*call].remove(&calls[*call], chunks, entry);
+            }
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! Snapshots: what changed since the previous one, and how an operator is built again from all of them.
+//!
+//! *Rows* are the accepted input rows with their origin (`__time, __place, __offset`); which of them are final
+//! follows from the watermark, so a segment is never rewritten and can be forgotten below the horizon. *Keys* are the
+//! aggregates of unbounded frames at the final frontier; a later segment replaces the keys of earlier ones.
+
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema};
+
+use super::cells::{read_state, state_fields, write_states};
+use super::rows::{Argument, Entry};
+use super::{Cursor, Frame, Over};
+use crate::error::{Error, Result};
+use crate::stream::{ChangeBatch, Micros, Origin};
+
+/// Columns behind the input's own in a segment of rows.
+pub const ORIGIN: [&str; 3] = ["__time", "__place", "__offset"];
+
+/// Changes since the previous snapshot; `None` where nothing changed.
+#[derive(Debug)]
+pub struct OverSnapshot {
+    pub rows: Option<RecordBatch>,
+    pub keys: Option<RecordBatch>,
+}
+
+impl Over {
+    /// # Errors
+    /// Internal only.
+    pub fn snapshot(&mut self) -> Result<OverSnapshot> {
+        let rows = match self.fresh.is_empty() {
+            true => None,
+            false => {
+                let batch = ChangeBatch::concat(&self.spec.input, &std::mem::take(&mut self.fresh))?;
+                Some(with_origin(&batch)?)
+            }
+        };
+        let dirty = std::mem::take(&mut self.dirty);
+        dirty.iter().for_each(|slot| self.keys[*slot as usize].dirty = false);
+        let unbounded = self.unbounded();
+        if dirty.is_empty() || unbounded.is_empty() {
+            return Ok(OverSnapshot { rows, keys: None });
+        }
+        let mut columns = self.index.keys(&dirty)?;
+        let mut fields: Vec<Field> = (0..columns.len())
+            .map(|at| Field::new(format!("k{at}"), columns[at].data_type().clone(), true))
+            .collect();
+        for at in unbounded {
+            let cells: Vec<_> =
+                dirty.iter().map(|slot| &self.keys[*slot as usize].finals.cells[at]).collect();
+            columns.extend(write_states(&self.calls[at], &cells)?);
+            fields.extend(state_fields(at));
+        }
+        let keys = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?;
+        Ok(OverSnapshot { rows, keys: Some(keys) })
+    }
+
+    /// Key columns of a segment, for key groups: of rows by the spec, of keys the leading ones.
+    pub fn key_columns(&self, batch: &RecordBatch, of_rows: bool) -> Vec<ArrayRef> {
+        let pick = |at: usize| Arc::clone(batch.column(at));
+        if of_rows {
+            self.spec.partition_by.iter().map(|key| pick(*key)).collect()
+        } else {
+            (0..self.spec.partition_by.len()).map(pick).collect()
+        }
+    }
+
+    /// Builds the state of a new operator: row segments in any order, key segments in epoch order, and the watermark
+    /// at the last snapshot.
+    ///
+    /// # Errors
+    /// External: segments of another shape.
+    pub fn restore(&mut self, rows: &[RecordBatch], keys: &[RecordBatch], watermark: Micros) -> Result<()> {
+        debug_assert!(self.keys.is_empty(), "restore comes first");
+        self.watermark = watermark;
+        for batch in keys {
+            self.restore_keys(batch)?;
+        }
+        for batch in rows {
+            self.restore_rows(batch)?;
+        }
+        self.rebuild();
+        Ok(())
+    }
+
+    fn unbounded(&self) -> Vec<usize> {
+        (0..self.calls.len()).filter(|at| self.calls[*at].frame == Frame::Unbounded).collect()
+    }
+
+    fn restore_keys(&mut self, batch: &RecordBatch) -> Result<()> {
+        let unbounded = self.unbounded();
+        let width = self.spec.partition_by.len();
+        let state = state_fields(0).len();
+        if batch.num_columns() != width + unbounded.len() * state {
+            return Err(other_shape());
+        }
+        self.intern(&batch.columns()[..width], batch.num_rows())?;
+        let slots = std::mem::take(&mut self.slots);
+        for (nth, at) in unbounded.into_iter().enumerate() {
+            let columns = &batch.columns()[width + nth * state..width + (nth + 1) * state];
+            if columns
+                .iter()
+                .zip(state_fields(at))
+                .any(|(column, field)| column.data_type() != field.data_type())
+            {
+                return Err(other_shape());
+            }
+            for (row, slot) in slots.iter().enumerate() {
+                self.keys[*slot as usize].finals.cells[at] = read_state(&self.calls[at], columns, row);
+            }
+        }
+        self.slots = slots;
+        Ok(())
+    }
+
+    /// Enters the rows that are pending or still in a frame, without touching any cell.
+    fn restore_rows(&mut self, batch: &RecordBatch) -> Result<()> {
+        let batch = without_origin(batch, &self.spec.input)?;
+        let columns =
+            self.spec.partition_by.iter().map(|key| Arc::clone(batch.rows.column(*key))).collect::<Vec<_>>();
+        self.intern(&columns, batch.num_rows())?;
+        let arguments = self
+            .arguments
+            .iter()
+            .map(|(column, presence)| Argument::new(batch.rows.column(*column), *presence))
+            .collect::<Result<Vec<_>>>()?;
+        let oldest = if self.sliding.is_empty() { self.watermark } else { self.horizon() };
+        let live = batch.origin.time.values().iter().filter(|time| **time >= oldest).count();
+        if live == 0 {
+            return Ok(());
+        }
+        let chunk = self.chunks.add(batch.rows.clone(), arguments, live)?;
+        let slots = std::mem::take(&mut self.slots);
+        for (row, slot) in slots.iter().enumerate() {
+            let (time, place, offset) = batch.origin.key(row);
+            if time < oldest {
+                continue;
+            }
+            let entry = Entry { time, place, offset, chunk, row: row as u32 };
+            self.keys[*slot as usize].rows.insert(entry);
+            if time < self.watermark {
+                self.chunks.emitted(&entry);
+            }
+        }
+        self.slots = slots;
+        Ok(())
+    }
+
+    /// Recomputes what follows from rows and watermark: final counts, frames, queues, the latest cursors.
+    fn rebuild(&mut self) {
+        let (calls, sliding, chunks) = (&self.calls, &self.sliding, &self.chunks);
+        for (slot, key) in self.keys.iter_mut().enumerate() {
+            let finals = key.rows.iter().take_while(|entry| entry.time < self.watermark).count();
+            key.rows.finalise(finals);
+            for call in sliding.iter().flat_map(|frame| &frame.calls) {
+                for entry in key.rows.iter().take(finals) {
+                    key.finals.cells[*call].add(&calls[*call], chunks, entry);
+                }
+            }
+            if let Some(pending) = key.rows.first_pending() {
+                self.pending.push(std::cmp::Reverse((pending.time, slot as u32)));
+            }
+            if finals > 0 {
+                key.queued_for_eviction = true;
+                self.evictions.push(std::cmp::Reverse((key.rows.get(0).time, slot as u32)));
+            }
+            if self.spec.want_latest {
+                let mut latest = Cursor { cells: key.finals.cells.clone(), left: vec![0; sliding.len()] };
+                for entry in key.rows.iter().skip(finals) {
+                    for (call, cell) in calls.iter().zip(&mut latest.cells) {
+                        cell.add(call, chunks, entry);
+                    }
+                }
+                key.latest = Some(latest);
+            }
+        }
+    }
+}
+
+fn other_shape() -> Error {
+    Error::external("a state file does not fit its operator")
+        .hint("The SQL has changed since the state was written; run `millstream reset` to begin a new state.")
+}
+
+fn with_origin(batch: &ChangeBatch) -> Result<RecordBatch> {
+    let mut fields = batch.rows.schema().fields().to_vec();
+    fields.extend(ORIGIN.iter().map(|name| Arc::new(Field::new(*name, DataType::Int64, false))));
+    let mut columns = batch.rows.columns().to_vec();
+    for column in [&batch.origin.time, &batch.origin.place, &batch.origin.offset] {
+        columns.push(Arc::new(column.clone()));
+    }
+    Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?)
+}
+
+fn without_origin(batch: &RecordBatch, schema: &Arc<Schema>) -> Result<ChangeBatch> {
+    let width = schema.fields().len();
+    if batch.num_columns() != width + ORIGIN.len() {
+        return Err(other_shape());
+    }
+    let long = |at: usize| -> Result<Int64Array> {
+        let column = batch.column(width + at);
+        column.as_primitive_opt::<Int64Type>().cloned().ok_or_else(other_shape)
+    };
+    let (time, place, offset) = (long(0)?, long(1)?, long(2)?);
+    let rows = RecordBatch::try_new(Arc::clone(schema), batch.columns()[..width].to_vec());
+    let rows = rows.map_err(|_| other_shape())?;
+    Ok(ChangeBatch::append(rows, Origin { time, place, offset }))
+}
+
+/// Smallest and largest event time of a segment of rows.
+pub fn times_of(rows: &RecordBatch) -> Option<(Micros, Micros)> {
+    let times = rows.column_by_name(ORIGIN[0])?.as_primitive_opt::<Int64Type>()?;
+    Some((arrow::compute::min(times)?, arrow::compute::max(times)?))
+}
