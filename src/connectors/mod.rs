@@ -5,6 +5,10 @@
 //! [`AppendSink`] (at least once: Kafka, console), the Delta writer and committer (exactly once, by epoch), and
 //! [`OnlineStore`] (newest value per key, fenced: Redis, memory).
 
+pub mod memory;
+#[cfg(feature = "redis")]
+pub mod redis;
+
 use std::sync::Arc;
 use std::time::Duration;
 

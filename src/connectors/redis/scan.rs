@@ -1,0 +1,211 @@
+//! Reads a sink back as rows, for `query`.
+//!
+//! Every column, key columns included, comes from the hash fields; a missing field is NULL. Hashes under the prefix
+//! that lack a key column are not ours and are left out. A scan is no snapshot: rows written meanwhile may be old or
+//! new, each row by itself is whole.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, BinaryBuilder, RecordBatch, new_null_array};
+use arrow::compute::{CastOptions, cast_with_options};
+use arrow::datatypes::{DataType, SchemaRef};
+
+use super::encode::{TextColumn, bulk, command, key};
+use super::store::{Lane, Pool};
+use super::wire::Reply;
+use super::{BOOK_PREFIX, RedisConfig, check_schema};
+use crate::error::{Error, Result};
+
+/// Rows per batch handed back, about.
+const BATCH: usize = 8_192;
+/// Keys that the server looks at per step.
+const SCAN_COUNT: &str = "1000";
+
+/// All rows under the prefix, in no particular order.
+///
+/// # Errors
+/// External: no server, or a field that does not have the text form of its column.
+pub async fn read_all(config: &RedisConfig, schema: &SchemaRef) -> Result<Vec<RecordBatch>> {
+    let mut reader = Reader::open(config, schema).await?;
+    let pattern = pattern(&config.prefix);
+    let mut cursor = "0".to_owned();
+    // A scan may name a key more than once.
+    let mut seen = HashSet::new();
+    let mut batches = Vec::new();
+    loop {
+        let words = ["SCAN", &cursor, "MATCH", &pattern, "COUNT", SCAN_COUNT, "TYPE", "hash"];
+        let reply = reader.ask(&words).await?;
+        let Reply::Array(mut parts) = reply else { return Err(reader.pool.odd()) };
+        let (Some(Reply::Array(found)), Some(next)) = (parts.pop(), parts.pop()) else {
+            return Err(reader.pool.odd());
+        };
+        cursor = next.text().ok_or_else(|| reader.pool.odd())?.to_owned();
+        let mut keys = Vec::with_capacity(found.len());
+        for name in found {
+            let Reply::Bulk(name) = name else { return Err(reader.pool.odd()) };
+            if !name.starts_with(BOOK_PREFIX.as_bytes()) && !seen.contains(&name) {
+                seen.insert(name.clone());
+                keys.push(name);
+            }
+        }
+        reader.fetch(&keys).await?;
+        if reader.rows >= BATCH || cursor == "0" {
+            batches.extend(reader.finish()?);
+        }
+        if cursor == "0" {
+            return Ok(batches);
+        }
+    }
+}
+
+/// The rows of some keys; keys that are not there are left out. `keys` has the key columns of the config by name.
+///
+/// # Errors
+/// As [`read_all`]; user: `keys` lacks a key column.
+pub async fn get(config: &RedisConfig, schema: &SchemaRef, keys: &RecordBatch) -> Result<Vec<RecordBatch>> {
+    let mut reader = Reader::open(config, schema).await?;
+    let mut parts = Vec::new();
+    for column in config.key_columns(keys.schema_ref())? {
+        let mut text = TextColumn::default();
+        text.fill(keys.column(column))?;
+        parts.push(text);
+    }
+    let mut batches = Vec::new();
+    let mut names = Vec::new();
+    for row in 0..keys.num_rows() {
+        if !parts.iter().any(|part| part.is_null(row)) {
+            let mut name = Vec::new();
+            key(&mut name, config.prefix.as_bytes(), parts.iter().map(|part| part.cell(row)));
+            names.push(name);
+        }
+    }
+    for names in names.chunks(BATCH) {
+        reader.fetch(names).await?;
+        batches.extend(reader.finish()?);
+    }
+    Ok(batches)
+}
+
+struct Reader {
+    pool: Pool,
+    lane: Lane,
+    schema: SchemaRef,
+    key_columns: Vec<usize>,
+    columns: Vec<BinaryBuilder>,
+    rows: usize,
+    /// The field names of a `HMGET`, encoded.
+    fields: Vec<u8>,
+}
+
+impl Reader {
+    async fn open(config: &RedisConfig, schema: &SchemaRef) -> Result<Self> {
+        check_schema(schema)?;
+        let key_columns = config.key_columns(schema)?;
+        let pool = Pool::new(config)?;
+        let lane = pool.lane().await.map_err(|error| pool.unreachable(error))?;
+        let mut fields = Vec::new();
+        schema.fields().iter().for_each(|field| bulk(&mut fields, field.name().as_bytes()));
+        let columns = schema.fields().iter().map(|_| BinaryBuilder::new()).collect();
+        Ok(Self { pool, lane, schema: schema.clone(), key_columns, columns, rows: 0, fields })
+    }
+
+    async fn ask(&mut self, words: &[&str]) -> Result<Reply> {
+        let mut bytes = Vec::new();
+        command(&mut bytes, words);
+        self.lane.wire.send(&bytes).await.map_err(|error| self.pool.unreachable(error))?;
+        self.reply().await
+    }
+
+    async fn reply(&mut self) -> Result<Reply> {
+        match self.lane.wire.reply().await {
+            Ok(Reply::Error(error)) => Err(self.pool.refused(&error)),
+            Ok(reply) => Ok(reply),
+            Err(error) => Err(self.pool.unreachable(error)),
+        }
+    }
+
+    /// Appends the hashes of these keys, all asked for in one go.
+    async fn fetch(&mut self, keys: &[Vec<u8>]) -> Result<()> {
+        let mut bytes = Vec::new();
+        for key in keys {
+            super::encode::array_header(&mut bytes, 2 + self.schema.fields().len());
+            bulk(&mut bytes, b"HMGET");
+            bulk(&mut bytes, key);
+            bytes.extend_from_slice(&self.fields);
+        }
+        self.lane.wire.send(&bytes).await.map_err(|error| self.pool.unreachable(error))?;
+        for _ in keys {
+            let Reply::Array(values) = self.reply().await? else { return Err(self.pool.odd()) };
+            if values.len() != self.columns.len() {
+                return Err(self.pool.odd());
+            }
+            // Expired since, or not written by us.
+            if self.key_columns.iter().any(|&column| values[column] == Reply::Null) {
+                continue;
+            }
+            for (column, value) in self.columns.iter_mut().zip(values) {
+                match value {
+                    Reply::Bulk(bytes) => column.append_value(bytes),
+                    _ => column.append_null(),
+                }
+            }
+            self.rows += 1;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<Option<RecordBatch>> {
+        if std::mem::take(&mut self.rows) == 0 {
+            return Ok(None);
+        }
+        let mut columns = Vec::with_capacity(self.columns.len());
+        for (builder, field) in self.columns.iter_mut().zip(self.schema.fields()) {
+            let texts: ArrayRef = Arc::new(builder.finish());
+            let values = decode(&texts, field.data_type()).map_err(|error| {
+                Error::external(format!(
+                    "the Redis field {} does not hold {}",
+                    field.name(),
+                    field.data_type()
+                ))
+                .hint("The hash was written by another program or an older version of the sink.")
+                .because(error)
+            })?;
+            columns.push(values);
+        }
+        // Whatever the schema says of NULL: a field may be missing.
+        let fields = self.schema.fields().iter().zip(&columns);
+        let nullable: Vec<_> = fields
+            .map(|(field, column)| {
+                let nullable = field.is_nullable() || column.null_count() > 0;
+                field.as_ref().clone().with_nullable(nullable)
+            })
+            .collect();
+        let schema = Arc::new(arrow::datatypes::Schema::new(nullable));
+        Ok(Some(RecordBatch::try_new(schema, columns)?))
+    }
+}
+
+fn decode(texts: &ArrayRef, to: &DataType) -> Result<ArrayRef, arrow::error::ArrowError> {
+    let strict = CastOptions { safe: false, ..CastOptions::default() };
+    match to {
+        DataType::Null => Ok(new_null_array(to, texts.len())),
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView => {
+            cast_with_options(texts, to, &strict)
+        }
+        _ => cast_with_options(&cast_with_options(texts, &DataType::Utf8, &strict)?, to, &strict),
+    }
+}
+
+/// Matches exactly the keys that begin with `prefix`.
+fn pattern(prefix: &str) -> String {
+    let mut pattern = String::with_capacity(prefix.len() + 1);
+    for c in prefix.chars() {
+        if matches!(c, '*' | '?' | '[' | ']' | '\\' | '^') {
+            pattern.push('\\');
+        }
+        pattern.push(c);
+    }
+    pattern.push('*');
+    pattern
+}

@@ -1,0 +1,118 @@
+//! The Lua scripts and the texts that they compare.
+
+use std::sync::LazyLock;
+
+use redis::Script;
+
+use crate::stream::Place;
+
+/// Values in `ARGV` in front of the field names.
+pub(super) const HEADER: usize = 9;
+
+/// Keys of one call.
+pub(super) const KEYS_PER_CALL: usize = 1_000;
+
+/// Checks fence and flush number, then writes; all or nothing, as nothing else runs meanwhile.
+///
+/// `KEYS`: bookkeeping hash, keys to write, keys to delete. `ARGV`: fence, flush field, flush number, number of the
+/// call before in the same flush or '', counts of fields, writes and deletes, whether rows have an expiry, whether
+/// they have a map of NULLs; field names; per row [expiry ms or ''], [NULL map or ''], values; then pairs of offset
+/// field and offset.
+///
+/// The flush number is set last: when a command fails half way (wrong type, out of memory), the flush counts as not
+/// written and is written again. `PEXPIREAT` in the past deletes the key.
+pub(super) const WRITE: &str = r"
+local book = KEYS[1]
+local fence = redis.call('HGET', book, 'fence')
+if fence and fence > ARGV[1] then return {'FENCED', fence} end
+if not fence or fence < ARGV[1] then return {'LOST', fence or ''} end
+local done = redis.call('HGET', book, ARGV[2])
+if done and done >= ARGV[3] then return {'STALE', done} end
+if ARGV[4] ~= '' and done ~= ARGV[4] then return {'GAP', done or ''} end
+local fields, writes, deletes = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local expiring, nullable = ARGV[8] == '1', ARGV[9] == '1'
+local call, unpack, byte = redis.call, unpack, string.byte
+local pairs_of = {}
+for f = 1, fields do pairs_of[2 * f - 1] = ARGV[9 + f] end
+local at, last = 9 + fields, 2 * fields
+for k = 2, writes + 1 do
+  local key, expiry, nulls = KEYS[k], nil, ''
+  if expiring then at = at + 1 expiry = ARGV[at] end
+  if nullable then at = at + 1 nulls = ARGV[at] end
+  if nulls == '' then
+    for f = 1, fields do pairs_of[2 * f] = ARGV[at + f] end
+    call('HSET', key, unpack(pairs_of, 1, last))
+  else
+    local set, gone, s, g = {}, {}, 0, 0
+    for f = 1, fields do
+      if byte(nulls, f) == 49 then
+        g = g + 1 gone[g] = ARGV[9 + f]
+      else
+        set[s + 1] = ARGV[9 + f] set[s + 2] = ARGV[at + f] s = s + 2
+      end
+    end
+    call('HDEL', key, unpack(gone, 1, g))
+    if s > 0 then call('HSET', key, unpack(set, 1, s)) end
+  end
+  at = at + fields
+  if expiring and expiry ~= '' then call('PEXPIREAT', key, expiry) else call('PERSIST', key) end
+end
+if deletes > 0 then call('DEL', unpack(KEYS, writes + 2, writes + deletes + 1)) end
+for i = at + 1, #ARGV, 2 do
+  local old = call('HGET', book, ARGV[i])
+  if not old or old < ARGV[i + 1] then call('HSET', book, ARGV[i], ARGV[i + 1]) end
+end
+call('HSET', book, ARGV[2], ARGV[3])
+return {'DONE', ''}
+";
+
+/// Sets the fence unless it is higher; returns the fence.
+pub(super) const RAISE: &str = r"
+local fence = redis.call('HGET', KEYS[1], 'fence')
+if fence and fence >= ARGV[1] then return fence end
+redis.call('HSET', KEYS[1], 'fence', ARGV[1])
+return ARGV[1]
+";
+
+static WRITE_SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(WRITE));
+
+/// SHA-1 of [`WRITE`], as `EVALSHA` wants it.
+pub(super) fn write_hash() -> &'static str {
+    WRITE_SCRIPT.get_hash()
+}
+
+/// A generation as text whose order is the order of numbers.
+pub(super) fn fence_text(generation: u64) -> String {
+    format!("{generation:020}")
+}
+
+/// What the numbers of all calls of one flush begin with.
+pub(super) fn flush_text(generation: u64, number: u64) -> String {
+    format!("{generation:020}-{number:020}-")
+}
+
+/// The number of one call.
+pub(super) fn call_text(flush: &str, call: usize) -> String {
+    format!("{flush}{call:010}")
+}
+
+pub(super) fn shard_field(shard: u32) -> String {
+    format!("flush:{shard}")
+}
+
+pub(super) fn offset_field(place: Place) -> String {
+    format!("offset:{}:{}:{}", place.0 >> 48, place.topic(), place.partition())
+}
+
+/// The inverse of [`offset_field`]; `None` for other fields.
+pub(super) fn parse_offset_field(field: &str) -> Option<Place> {
+    let mut parts = field.strip_prefix("offset:")?.split(':');
+    let place =
+        Place::new(parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    parts.next().is_none().then_some(place)
+}
+
+/// Offsets are never negative; a negative one counts as the beginning.
+pub(super) fn offset_text(offset: i64) -> String {
+    format!("{:020}", offset.max(0))
+}

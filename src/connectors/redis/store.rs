@@ -1,0 +1,341 @@
+//! [`RedisStore`]: the [`OnlineStore`] over Redis.
+//!
+//! # Lost connections
+//! A call that failed on the network is sent again on a new connection, with growing pauses, about 1.5 s in all;
+//! then, and at once after a time-out, the flush is an error and the caller keeps its rows dirty. Sending a flush
+//! again is safe: what the server already has is recognised by its number. Whether a flush that failed was written
+//! is unknown, so the caller's next flush must have a higher number and contain at least the same keys.
+
+use std::io;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use async_trait::async_trait;
+
+use super::encode::{Call, Encoder, Layout, bulk};
+use super::script::{self, KEYS_PER_CALL};
+use super::wire::{Reply, Wire, passes};
+use super::{BOOK_PREFIX, RedisConfig, check_schema};
+use crate::connectors::{Flushed, OnlineState, OnlineStore, OnlineWrite};
+use crate::error::{Error, Result};
+use crate::stream::Positions;
+
+/// Connections that are kept for the next flush; more may be open while more flushes run at once.
+const MAX_IDLE: usize = 8;
+/// Pauses before each further attempt. The first is short: an idle connection may just have been closed.
+const PAUSES_MS: [u64; 6] = [0, 50, 100, 200, 400, 800];
+
+/// A connection with the buffers to fill it.
+pub(super) struct Lane {
+    pub(super) wire: Wire,
+    encoder: Encoder,
+    buffer: Vec<u8>,
+}
+
+/// Connections to one server.
+pub(super) struct Pool {
+    address: redis::ConnectionInfo,
+    /// The URL without its password.
+    shown: String,
+    idle: Mutex<Vec<Lane>>,
+}
+
+/// Why an attempt came to nothing.
+pub(super) enum Failure {
+    /// The network or a passing state of the server: worth another attempt on a new connection.
+    Network(io::Error),
+    Final(Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Network(error)
+    }
+}
+
+impl Pool {
+    pub(super) fn new(config: &RedisConfig) -> Result<Self> {
+        Ok(Self { address: config.address()?, shown: config.shown_url(), idle: Mutex::default() })
+    }
+
+    /// A first connection, without further attempts.
+    pub(super) async fn first(&self) -> Result<()> {
+        let lane = self.open().await.map_err(|error| self.unreachable(error))?;
+        self.put_back(lane);
+        Ok(())
+    }
+
+    async fn open(&self) -> io::Result<Lane> {
+        let mut wire = Wire::connect(&self.address).await?;
+        // Loaded once per connection; should the server forget it, the NOSCRIPT answer leads to a new connection.
+        if let Reply::Error(error) = wire.ask(&["SCRIPT", "LOAD", script::WRITE]).await? {
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, error));
+        }
+        Ok(Lane { wire, encoder: Encoder::default(), buffer: Vec::new() })
+    }
+
+    pub(super) async fn lane(&self) -> io::Result<Lane> {
+        let idle = self.idle().pop();
+        match idle {
+            Some(lane) => Ok(lane),
+            None => self.open().await,
+        }
+    }
+
+    /// Only for a lane on which every reply has been read.
+    pub(super) fn put_back(&self, lane: Lane) {
+        let mut idle = self.idle();
+        if idle.len() < MAX_IDLE {
+            idle.push(lane);
+        }
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Lane>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether and after which pause to try again after `attempt` failures before this one.
+    pub(super) async fn ride_out(&self, attempt: usize, error: io::Error) -> Result<()> {
+        // Its siblings are most likely dead too.
+        self.idle().clear();
+        let hopeless = matches!(
+            error.kind(),
+            io::ErrorKind::TimedOut | io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidData
+        );
+        match PAUSES_MS.get(attempt) {
+            Some(pause) if !hopeless => {
+                tracing::debug!(url = %self.shown, attempt, %error, "redis connection lost, trying again");
+                tokio::time::sleep(Duration::from_millis(*pause)).await;
+                Ok(())
+            }
+            _ => Err(self.unreachable(error)),
+        }
+    }
+
+    pub(super) fn unreachable(&self, error: io::Error) -> Error {
+        let (what, hint) = match error.kind() {
+            io::ErrorKind::PermissionDenied => {
+                ("refused the log-in", "Check user, password and database in the url.")
+            }
+            io::ErrorKind::InvalidData => {
+                ("answers something else", "Check that the url is that of a Redis server.")
+            }
+            _ => ("does not answer", "Start the server, or set the option url to where it runs."),
+        };
+        Error::external(format!("redis at {} {what}", self.shown)).hint(hint).because(error)
+    }
+
+    /// One command that may be repeated without harm.
+    pub(super) async fn ask<A: AsRef<[u8]>>(&self, arguments: &[A]) -> Result<Reply> {
+        for attempt in 0.. {
+            let asked = async {
+                let mut lane = self.lane().await?;
+                let reply = lane.wire.ask(arguments).await?;
+                match reply {
+                    Reply::Error(error) if passes(&error) => {
+                        Err(io::Error::new(io::ErrorKind::ResourceBusy, error))
+                    }
+                    reply => {
+                        self.put_back(lane);
+                        Ok(reply)
+                    }
+                }
+            };
+            match asked.await {
+                Ok(Reply::Error(error)) => return Err(self.refused(&error)),
+                Ok(reply) => return Ok(reply),
+                Err(error) => self.ride_out(attempt, error).await?,
+            }
+        }
+        Err(Error::internal("redis was asked without end"))
+    }
+
+    pub(super) fn refused(&self, error: &str) -> Error {
+        let hint = match error {
+            error if error.contains("WRONGTYPE") => {
+                "Another program keeps keys of another type under the same prefix: choose another prefix."
+            }
+            error if error.contains("OOM") => "Raise maxmemory of the server, or set a shorter ttl.",
+            error if error.contains("NOPERM") => "Grant the user the hash, key, scan and scripting commands.",
+            _ => "See the server's log.",
+        };
+        Error::external(format!("redis at {} refused a command: {error}", self.shown)).hint(hint)
+    }
+
+    pub(super) fn odd(&self) -> Error {
+        Error::external(format!("redis at {} gave an answer of an unknown form", self.shown))
+    }
+}
+
+/// A pipeline's sink in Redis.
+pub struct RedisStore {
+    pool: Pool,
+    layout: Layout,
+    book: String,
+}
+
+impl RedisStore {
+    /// Connects to the server. `schema`: that of the rows to be flushed.
+    ///
+    /// # Errors
+    /// User: a key column that the schema lacks, a column without a text form. External: no server there, or it
+    /// refuses the log-in.
+    pub async fn connect(
+        config: &RedisConfig,
+        pipeline: &str,
+        sink: &str,
+        schema: &SchemaRef,
+    ) -> Result<Self> {
+        check_schema(schema)?;
+        let key_columns = config.key_columns(schema)?;
+        let mut fields = Vec::new();
+        schema.fields().iter().for_each(|field| bulk(&mut fields, field.name().as_bytes()));
+        let book = format!("{BOOK_PREFIX}{pipeline}/{sink}}}");
+        let layout = Layout {
+            prefix: config.prefix.as_bytes().to_vec(),
+            key_columns,
+            fields,
+            field_count: schema.fields().len(),
+            book: book.as_bytes().to_vec(),
+        };
+        let pool = Pool::new(config)?;
+        pool.first().await?;
+        Ok(Self { pool, layout, book })
+    }
+
+    /// Sends all calls of a flush on one connection and reads their answers. The next call is encoded while the
+    /// server works on the ones before.
+    async fn attempt(
+        &self,
+        lane: &mut Lane,
+        flush: &str,
+        guard: [&str; 2],
+        write: &OnlineWrite,
+        consumed: &Positions,
+    ) -> Result<Vec<Reply>, Failure> {
+        let none = Positions::default();
+        let (mut calls, mut row, mut delete) = (0, 0, 0);
+        let deletes = write.deletes.as_ref().map_or(0, RecordBatch::num_rows);
+        loop {
+            let rows = KEYS_PER_CALL.min(write.rows.num_rows() - row);
+            let gone = (KEYS_PER_CALL - rows).min(deletes - delete);
+            let last = row + rows == write.rows.num_rows() && delete + gone == deletes;
+            let number = script::call_text(flush, calls + 1);
+            let before = if calls == 0 { String::new() } else { script::call_text(flush, calls) };
+            let call = Call {
+                guard: [guard[0].as_bytes(), guard[1].as_bytes(), number.as_bytes(), before.as_bytes()],
+                rows: write.rows.slice(row, rows),
+                expire_at_ms: write.expire_at_ms.as_ref().map(|expiry| expiry.slice(row, rows)),
+                deletes: write.deletes.as_ref().filter(|_| gone > 0).map(|batch| batch.slice(delete, gone)),
+                consumed: if last { consumed } else { &none },
+            };
+            lane.buffer.clear();
+            lane.encoder.call(&mut lane.buffer, &self.layout, &call).map_err(Failure::Final)?;
+            lane.wire.send(&lane.buffer).await?;
+            (calls, row, delete) = (calls + 1, row + rows, delete + gone);
+            if last {
+                break;
+            }
+        }
+        let mut replies = Vec::with_capacity(calls);
+        for _ in 0..calls {
+            replies.push(lane.wire.reply().await?);
+        }
+        Ok(replies)
+    }
+
+    /// What the answers mean. `again`: this flush was sent before, so calls that the server already has are ours.
+    fn verdict(&self, replies: &[Reply], flush: &str, again: bool) -> Result<Flushed, Failure> {
+        for reply in replies {
+            let (word, detail) = match reply {
+                Reply::Array(parts) => {
+                    match (parts.first().and_then(Reply::text), parts.get(1).and_then(Reply::text)) {
+                        (Some(word), Some(detail)) => (word, detail),
+                        _ => return Err(Failure::Final(self.pool.odd())),
+                    }
+                }
+                Reply::Error(error) if passes(error) => {
+                    return Err(io::Error::new(io::ErrorKind::ResourceBusy, error.as_str()).into());
+                }
+                Reply::Error(error) => return Err(Failure::Final(self.pool.refused(error))),
+                _ => return Err(Failure::Final(self.pool.odd())),
+            };
+            match word {
+                "DONE" => {}
+                "STALE" if again && detail.starts_with(flush) => {}
+                "STALE" => return Ok(Flushed::Stale),
+                "LOST" => return Ok(Flushed::FenceLost),
+                "FENCED" => {
+                    let by = detail.parse().map_err(|_| Failure::Final(self.pool.odd()))?;
+                    return Ok(Flushed::Fenced { by });
+                }
+                // The call before it was not run: the server forgot the script in between.
+                "GAP" => {
+                    return Err(
+                        io::Error::new(io::ErrorKind::Interrupted, "a script call was not run").into()
+                    );
+                }
+                _ => return Err(Failure::Final(self.pool.odd())),
+            }
+        }
+        Ok(Flushed::Done)
+    }
+}
+
+#[async_trait]
+impl OnlineStore for RedisStore {
+    async fn open(&self) -> Result<OnlineState> {
+        let Reply::Array(items) = self.pool.ask(&["HGETALL", &self.book]).await? else {
+            return Err(self.pool.odd());
+        };
+        let mut state = OnlineState::default();
+        for pair in items.chunks_exact(2) {
+            let (Some(field), Some(value)) = (pair[0].text(), pair[1].text()) else { continue };
+            if field == "fence" {
+                state.fence = value.parse().map_err(|_| self.pool.odd())?;
+            } else if let Some(place) = script::parse_offset_field(field) {
+                state.consumed.raise(place, value.parse().map_err(|_| self.pool.odd())?);
+            }
+        }
+        Ok(state)
+    }
+
+    async fn raise_fence(&self, generation: u64) -> Result<u64> {
+        let fence = script::fence_text(generation);
+        let reply = self.pool.ask(&["EVAL", script::RAISE, "1", &self.book, &fence]).await?;
+        reply.text().and_then(|fence| fence.parse().ok()).ok_or_else(|| self.pool.odd())
+    }
+
+    async fn flush(
+        &self,
+        generation: u64,
+        shard: u32,
+        number: u64,
+        write: &OnlineWrite,
+        consumed: &Positions,
+    ) -> Result<Flushed> {
+        if write.rows.num_columns() != self.layout.field_count {
+            return Err(Error::internal("a flush has other columns than its Redis sink"));
+        }
+        let flush = script::flush_text(generation, number);
+        let guard = [script::fence_text(generation), script::shard_field(shard)];
+        for attempt in 0.. {
+            let tried = async {
+                let mut lane = self.pool.lane().await?;
+                let replies =
+                    self.attempt(&mut lane, &flush, [&guard[0], &guard[1]], write, consumed).await?;
+                let flushed = self.verdict(&replies, &flush, attempt > 0)?;
+                self.pool.put_back(lane);
+                Ok(flushed)
+            };
+            match tried.await {
+                Ok(flushed) => return Ok(flushed),
+                Err(Failure::Network(error)) => self.pool.ride_out(attempt, error).await?,
+                Err(Failure::Final(error)) => return Err(error),
+            }
+        }
+        Err(Error::internal("a redis flush was tried without end"))
+    }
+}

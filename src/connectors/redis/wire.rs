@@ -1,0 +1,227 @@
+//! One connection: RESP2 over TCP or a Unix socket.
+//!
+//! Calls are encoded straight from Arrow into the bytes to send, and no task runs beside the caller, which is why
+//! this is not the driver's own connection. Every wait has a limit. After any error the connection must be dropped:
+//! a reply may still be on its way.
+
+use std::io;
+use std::time::Duration;
+
+use redis::{ConnectionAddr, ConnectionInfo};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::encode::command;
+
+/// For name look-up, connection and log-in together.
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// For one reply, and for handing one call to the network. A script that took longer may still run.
+pub(super) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+const READ_CHUNK: usize = 16 * 1024;
+/// Redis' own limit for one string.
+const MAX_BULK: usize = 512 * 1024 * 1024;
+const MAX_DEPTH: usize = 8;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Reply {
+    Status(String),
+    /// An error from the server; begins with its code in capitals.
+    Error(String),
+    Integer(i64),
+    Bulk(Vec<u8>),
+    Null,
+    Array(Vec<Reply>),
+}
+
+impl Reply {
+    pub(super) fn text(&self) -> Option<&str> {
+        match self {
+            Self::Status(text) => Some(text),
+            Self::Bulk(bytes) => std::str::from_utf8(bytes).ok(),
+            _ => None,
+        }
+    }
+}
+
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Stream for T {}
+
+pub(super) struct Wire {
+    stream: Box<dyn Stream>,
+    received: Vec<u8>,
+    /// How much of `received` has been parsed.
+    parsed: usize,
+}
+
+impl Wire {
+    /// Connects and logs in.
+    ///
+    /// # Errors
+    /// `PermissionDenied` when the server refuses the user, password or database; `TimedOut`; any other kind from
+    /// the network.
+    pub(super) async fn connect(address: &ConnectionInfo) -> io::Result<Self> {
+        within(CONNECT_TIMEOUT, "connecting", async {
+            let stream: Box<dyn Stream> = match address.addr() {
+                ConnectionAddr::Tcp(host, port) => {
+                    let stream = TcpStream::connect((host.as_str(), *port)).await?;
+                    stream.set_nodelay(true)?;
+                    Box::new(stream)
+                }
+                #[cfg(unix)]
+                ConnectionAddr::Unix(path) => Box::new(tokio::net::UnixStream::connect(path).await?),
+                _ => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::Unsupported,
+                        "this kind of address is not supported",
+                    ));
+                }
+            };
+            let mut wire = Self { stream, received: Vec::new(), parsed: 0 };
+            wire.log_in(address).await?;
+            Ok(wire)
+        })
+        .await
+    }
+
+    async fn log_in(&mut self, address: &ConnectionInfo) -> io::Result<()> {
+        let settings = address.redis_settings();
+        let mut commands: Vec<Vec<String>> = Vec::new();
+        if let Some(password) = settings.password() {
+            let mut auth = vec!["AUTH".to_owned()];
+            auth.extend(settings.username().map(str::to_owned));
+            auth.push(password.to_owned());
+            commands.push(auth);
+        }
+        if settings.db() != 0 {
+            commands.push(vec!["SELECT".to_owned(), settings.db().to_string()]);
+        }
+        commands.push(vec!["PING".to_owned()]);
+        for words in commands {
+            if let Reply::Error(error) = self.ask(&words).await? {
+                // LOADING and the like pass by themselves; the rest needs a person.
+                let kind = if passes(&error) {
+                    io::ErrorKind::ResourceBusy
+                } else {
+                    io::ErrorKind::PermissionDenied
+                };
+                return Err(io::Error::new(kind, error));
+            }
+        }
+        Ok(())
+    }
+
+    /// One command, one reply.
+    pub(super) async fn ask<A: AsRef<[u8]>>(&mut self, arguments: &[A]) -> io::Result<Reply> {
+        let mut bytes = Vec::new();
+        command(&mut bytes, arguments);
+        self.send(&bytes).await?;
+        self.reply().await
+    }
+
+    pub(super) async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        within(RESPONSE_TIMEOUT, "sending", self.stream.write_all(bytes)).await
+    }
+
+    pub(super) async fn reply(&mut self) -> io::Result<Reply> {
+        within(RESPONSE_TIMEOUT, "waiting for a reply", async {
+            loop {
+                if let Some((reply, length)) = parse(&self.received[self.parsed..], 0)? {
+                    self.parsed += length;
+                    if self.parsed == self.received.len() {
+                        self.received.clear();
+                        self.parsed = 0;
+                    }
+                    return Ok(reply);
+                }
+                self.received.drain(..self.parsed);
+                self.parsed = 0;
+                self.received.reserve(READ_CHUNK.max(self.received.len()));
+                if self.stream.read_buf(&mut self.received).await? == 0 {
+                    return Err(io::Error::new(
+                        io::ErrorKind::UnexpectedEof,
+                        "the server closed the connection",
+                    ));
+                }
+            }
+        })
+        .await
+    }
+}
+
+async fn within<T>(limit: Duration, doing: &str, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    match timeout(limit, work).await {
+        Ok(result) => result,
+        Err(_) => {
+            let text = format!("{doing} took more than {} s", limit.as_secs());
+            Err(io::Error::new(io::ErrorKind::TimedOut, text))
+        }
+    }
+}
+
+/// Whether a server error goes away without anyone's doing: trying again on a new connection makes sense.
+pub(super) fn passes(error: &str) -> bool {
+    let code = error.split(' ').next().unwrap_or_default();
+    matches!(code, "LOADING" | "BUSY" | "TRYAGAIN" | "MASTERDOWN" | "CLUSTERDOWN" | "READONLY" | "NOSCRIPT")
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "the server does not speak the Redis protocol")
+}
+
+/// The first reply in `bytes` and its length; `None` when it is not complete.
+fn parse(bytes: &[u8], depth: usize) -> io::Result<Option<(Reply, usize)>> {
+    let Some(end) = bytes.windows(2).position(|pair| pair == b"\r\n") else { return Ok(None) };
+    let line = std::str::from_utf8(&bytes[1..end.max(1)]).map_err(|_| malformed())?;
+    let body = end + 2;
+    let reply = match bytes[0] {
+        b'+' => Reply::Status(line.to_owned()),
+        b'-' => Reply::Error(line.to_owned()),
+        b':' => Reply::Integer(line.parse().map_err(|_| malformed())?),
+        b'$' if line == "-1" => Reply::Null,
+        b'*' if line == "-1" => Reply::Null,
+        b'$' => {
+            let length: usize = line.parse().map_err(|_| malformed())?;
+            if length > MAX_BULK {
+                return Err(malformed());
+            }
+            let Some(content) = bytes.get(body..body + length + 2) else { return Ok(None) };
+            return Ok(Some((Reply::Bulk(content[..length].to_vec()), body + length + 2)));
+        }
+        b'*' if depth < MAX_DEPTH => {
+            let count: usize = line.parse().map_err(|_| malformed())?;
+            let (mut items, mut at) = (Vec::new(), body);
+            for _ in 0..count {
+                let Some((item, length)) = parse(&bytes[at..], depth + 1)? else { return Ok(None) };
+                items.push(item);
+                at += length;
+            }
+            return Ok(Some((Reply::Array(items), at)));
+        }
+        _ => return Err(malformed()),
+    };
+    Ok(Some((reply, body)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies_parse_whole_and_never_early() {
+        let bytes = b"*5\r\n$3\r\na\r\n\r\n:-7\r\n$-1\r\n+OK\r\n*1\r\n-ERR no\r\n";
+        let expected = Reply::Array(vec![
+            Reply::Bulk(b"a\r\n".to_vec()),
+            Reply::Integer(-7),
+            Reply::Null,
+            Reply::Status("OK".into()),
+            Reply::Array(vec![Reply::Error("ERR no".into())]),
+        ]);
+        for cut in 0..bytes.len() {
+            assert_eq!(parse(&bytes[..cut], 0).unwrap(), None, "cut at {cut}");
+        }
+        assert_eq!(parse(bytes, 0).unwrap(), Some((expected, bytes.len())));
+        assert!(parse(b"HTTP/1.1 400\r\n", 0).is_err());
+    }
+}

@@ -1,0 +1,505 @@
+//! The newest row of each key, for an online sink (DESIGN §5 *Redis*).
+//!
+//! # Meaning
+//! Of all rows pushed for a key the one with the greatest (event time, place, offset) is kept. A row with an equal
+//! order key replaces the kept one: it is the same row, evaluated again. So the content depends on the set of rows
+//! pushed, not on how they were cut or ordered. Rows with a NULL in a key column are counted and left out.
+//!
+//! A row is *dirty* from the push that put it there until [`Newest::acknowledge`] says that the online store has it.
+//! [`Newest::take_dirty`] hands out dirty rows that are not already under way; a row that was replaced while under
+//! way is handed out again, and acknowledging the older version changes nothing. A batch that could not be written
+//! goes back with [`Newest::give_back`].
+//!
+//! # Snapshots
+//! [`Newest::snapshot`] holds the rows that were pushed, or marked by [`Newest::mark_all_dirty`], since the last one.
+//! An acknowledgement alone is not a change, so a restored row may be dirty although the store has it. That is
+//! harmless: it is written once more with the same values. The other way round cannot happen, provided that a
+//! snapshot taken after `mark_all_dirty` is durable before the fence of the emptied store is raised again.
+//!
+//! # Expiry
+//! With a time to live, [`Newest::expire`] drops rows whose event time + ttl lies below the watermark, at the latest
+//! 1/64 of the ttl afterwards: rows are kept in that many time buckets, so dropping costs nothing per batch.
+//! Expired rows come back from older snapshots at a restore and are dropped again by the next `expire`.
+//!
+//! # Storage
+//! Slots are dense. A slot points to (chunk, row); chunks hold only rows that were live when they were made. When
+//! eight chunks of similar size have gathered they are merged, and a chunk that is mostly garbage is rewritten, so
+//! memory is at most about twice the live rows and a row is copied O(log n) times.
+
+mod keys;
+mod store;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, UInt32Array};
+use arrow::compute::take_record_batch;
+use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
+
+use crate::error::{Error, Result};
+use crate::stream::{ChangeBatch, Micros, Origin};
+
+use keys::{Keys, NO_SLOT};
+use store::{Chunks, Pointer};
+
+/// Names of the columns that [`Newest::snapshot`] adds behind the row's own.
+pub const SNAPSHOT_COLUMNS: [&str; 4] = ["__time", "__place", "__offset", "__dirty"];
+
+/// Time buckets per ttl.
+const BUCKETS_PER_TTL: i64 = 64;
+
+/// Dirty rows on their way to the online store.
+#[derive(Debug, Clone)]
+pub struct DirtyBatch {
+    /// Which slots the rows came from, one per row.
+    pub slots: Vec<u32>,
+    /// The version of each slot's row when it was taken.
+    pub versions: Vec<u32>,
+    /// One row per key.
+    pub rows: RecordBatch,
+    /// Event time + ttl in ms since the epoch, rounded down; `None` without a ttl.
+    pub expire_at_ms: Option<Int64Array>,
+}
+
+/// What is known of one slot, apart from its row.
+#[derive(Debug, Clone, Copy, Default)]
+struct Slot {
+    time: Micros,
+    place: i64,
+    offset: i64,
+    /// Counts the rows that this slot has held, over all keys that have used it.
+    version: u32,
+    /// The online store does not have this row yet.
+    dirty: bool,
+    /// In the queue of rows to be taken; at most once.
+    queued: bool,
+    /// In the list of slots for the next snapshot; at most once.
+    changed: bool,
+}
+
+impl Slot {
+    fn order(&self) -> (Micros, i64, i64) {
+        (self.time, self.place, self.offset)
+    }
+}
+
+/// Keyed table of newest rows.
+#[derive(Debug)]
+pub struct Newest {
+    schema: SchemaRef,
+    snapshot_schema: SchemaRef,
+    key_columns: Vec<usize>,
+    ttl: Option<Micros>,
+    keys: Keys,
+    slots: Vec<Slot>,
+    /// Where each slot's row is; parallel to `slots`.
+    at: Vec<Pointer>,
+    chunks: Chunks,
+    live: usize,
+    dirty: usize,
+    /// Slots to be taken, oldest mark first from `queue_head` on. An entry may have become clean or vacant.
+    queue: Vec<u32>,
+    queue_head: usize,
+    changed: Vec<u32>,
+    /// Bucket of event time → slots that had a row of it; an entry is stale once its slot moved on.
+    buckets: BTreeMap<i64, Vec<u32>>,
+    /// Entries in all buckets.
+    filed: usize,
+    /// Scratch: the slot of each row of the batch being pushed.
+    row_slots: Vec<u32>,
+    touched: Vec<u32>,
+}
+
+impl Newest {
+    /// A table of rows with `schema`, keyed by the columns at `key_columns`. `ttl_micros`: how long after its event
+    /// time a row lives; `None`: for ever.
+    ///
+    /// # Errors
+    /// A user error when a key column has a type that cannot be a key.
+    pub fn new(schema: SchemaRef, key_columns: Vec<usize>, ttl_micros: Option<i64>) -> Result<Self> {
+        let mut fields: Vec<Arc<Field>> = schema.fields().iter().cloned().collect();
+        for name in &SNAPSHOT_COLUMNS[..3] {
+            fields.push(Arc::new(Field::new(*name, DataType::Int64, false)));
+        }
+        fields.push(Arc::new(Field::new(SNAPSHOT_COLUMNS[3], DataType::Boolean, false)));
+        let snapshot_schema = Arc::new(Schema::new(fields));
+        let keys = Keys::new(key_columns.iter().map(|&column| schema.field(column).data_type()))?;
+        Ok(Self {
+            chunks: Chunks::new(schema.clone()),
+            schema,
+            snapshot_schema,
+            key_columns,
+            ttl: ttl_micros,
+            keys,
+            slots: Vec::new(),
+            at: Vec::new(),
+            live: 0,
+            dirty: 0,
+            queue: Vec::new(),
+            queue_head: 0,
+            changed: Vec::new(),
+            buckets: BTreeMap::new(),
+            filed: 0,
+            row_slots: Vec::new(),
+            touched: Vec::new(),
+        })
+    }
+
+    pub fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    /// Keys held.
+    pub fn len(&self) -> usize {
+        self.live
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.live == 0
+    }
+
+    /// Rows that the online store has not acknowledged, those under way included.
+    pub fn dirty_len(&self) -> usize {
+        self.dirty
+    }
+
+    /// Bytes of the rows held, garbage included; keys and slots not counted.
+    pub fn memory_size(&self) -> usize {
+        self.chunks.memory_size()
+    }
+
+    /// Takes rows in; returns how many had a NULL in a key column and were left out.
+    ///
+    /// # Errors
+    /// Internal: a batch with negative weights (the newest row of a key cannot be taken back).
+    pub fn push(&mut self, batch: &ChangeBatch) -> Result<usize> {
+        if batch.weights.as_ref().is_some_and(|weights| weights.values().iter().any(|&weight| weight < 0)) {
+            return Err(Error::internal("the table of newest rows was given a row with a negative weight"));
+        }
+        let nulls = self.intern(&batch.rows)?;
+        let skip = |row: usize| batch.weights.as_ref().is_some_and(|weights| weights.value(row) == 0);
+        for row in 0..batch.num_rows() {
+            let slot = self.row_slots[row];
+            if slot == NO_SLOT || skip(row) {
+                continue;
+            }
+            let order = batch.origin.key(row);
+            if self.at[slot as usize].is_vacant() || order >= self.slots[slot as usize].order() {
+                self.replace(slot, row, order);
+            }
+        }
+        let touched = self.place_touched(&batch.rows)?;
+        for &slot in &touched {
+            self.mark(slot, true, true);
+        }
+        self.touched = touched;
+        Ok(nulls)
+    }
+
+    /// Puts back what snapshots hold. Later batches win, whatever their order keys say: they are later states of the
+    /// same table. Dirty marks are as stored.
+    ///
+    /// # Errors
+    /// Internal: a batch whose columns are not those of a snapshot of this table.
+    pub fn restore(&mut self, batches: &[RecordBatch]) -> Result<()> {
+        for batch in batches {
+            let (rows, origin, dirty) = self.split_snapshot(batch)?;
+            self.intern(&rows)?;
+            for row in 0..rows.num_rows() {
+                let slot = self.row_slots[row];
+                if slot != NO_SLOT {
+                    self.replace(slot, row, origin.key(row));
+                    // Remembered in `queued` only until the rows are placed, when `mark` sets both properly.
+                    self.set_clean(slot);
+                    self.slots[slot as usize].queued = dirty.value(row);
+                }
+            }
+            let touched = self.place_touched(&rows)?;
+            for &slot in &touched {
+                let was_dirty = std::mem::take(&mut self.slots[slot as usize].queued);
+                self.mark(slot, was_dirty, false);
+            }
+            self.touched = touched;
+        }
+        self.rebuild_queue();
+        Ok(())
+    }
+
+    /// Hands out at most `max` dirty rows that are not under way, oldest mark first; `None` when there is none.
+    ///
+    /// # Errors
+    /// Internal, from arrow.
+    pub fn take_dirty(&mut self, max: usize) -> Result<Option<DirtyBatch>> {
+        let mut slots = Vec::with_capacity(max.min(self.queue.len() - self.queue_head));
+        while slots.len() < max && self.queue_head < self.queue.len() {
+            let slot = self.queue[self.queue_head];
+            self.queue_head += 1;
+            let state = &mut self.slots[slot as usize];
+            if std::mem::take(&mut state.queued) && state.dirty {
+                slots.push(slot);
+            }
+        }
+        if self.queue_head * 2 > self.queue.len() {
+            self.queue.drain(..self.queue_head);
+            self.queue_head = 0;
+        }
+        if slots.is_empty() {
+            return Ok(None);
+        }
+        let expire_at = |ttl: Micros| -> Int64Array {
+            let expiry = |&slot: &u32| self.slots[slot as usize].time.saturating_add(ttl).div_euclid(1_000);
+            slots.iter().map(expiry).collect::<Vec<i64>>().into()
+        };
+        Ok(Some(DirtyBatch {
+            versions: slots.iter().map(|&slot| self.slots[slot as usize].version).collect(),
+            rows: self.chunks.gather(slots.iter().map(|&slot| self.at[slot as usize]))?,
+            expire_at_ms: self.ttl.map(expire_at),
+            slots,
+        }))
+    }
+
+    /// The online store has these rows. Rows that were replaced since they were taken stay dirty.
+    pub fn acknowledge(&mut self, batch: &DirtyBatch) {
+        for (&slot, &version) in batch.slots.iter().zip(&batch.versions) {
+            if self.slots[slot as usize].version == version {
+                self.set_clean(slot);
+            }
+        }
+    }
+
+    /// These rows could not be written: they will be taken again.
+    pub fn give_back(&mut self, batch: &DirtyBatch) {
+        for &slot in &batch.slots {
+            self.enqueue(slot);
+        }
+    }
+
+    /// The online store has lost its content: every row is to be written again, and is in the next snapshot.
+    pub fn mark_all_dirty(&mut self) {
+        for slot in 0..self.slots.len() as u32 {
+            if !self.at[slot as usize].is_vacant() {
+                // A new version, so that what is under way cannot acknowledge a row that was lost with the store.
+                self.slots[slot as usize].version = self.slots[slot as usize].version.wrapping_add(1);
+                self.mark(slot, true, true);
+            }
+        }
+    }
+
+    /// Drops rows whose event time + ttl lies below `watermark` (see the module's *Expiry*); returns how many.
+    ///
+    /// # Errors
+    /// Internal, from arrow.
+    pub fn expire(&mut self, watermark: Micros) -> Result<usize> {
+        let Some(ttl) = self.ttl else { return Ok(0) };
+        let width = bucket_width(ttl);
+        // A bucket is dropped whole, once even its last microsecond has expired.
+        let gone = |bucket: i64| {
+            let last = bucket.saturating_mul(width).saturating_add(width - 1);
+            last.saturating_add(ttl) < watermark
+        };
+        let before = self.live;
+        while let Some(entry) = self.buckets.first_entry().filter(|entry| gone(*entry.key())) {
+            let (bucket, slots) = entry.remove_entry();
+            self.filed -= slots.len();
+            for slot in slots {
+                let index = slot as usize;
+                if !self.at[index].is_vacant() && self.slots[index].time.div_euclid(width) == bucket {
+                    self.drop_slot(slot);
+                }
+            }
+        }
+        if self.live < before {
+            self.chunks.settle(&mut self.at)?;
+        }
+        Ok(before - self.live)
+    }
+
+    /// The rows changed since the last snapshot, with [`SNAPSHOT_COLUMNS`] behind their own; `None` when none did.
+    /// In no particular order.
+    ///
+    /// # Errors
+    /// Internal, from arrow.
+    pub fn snapshot(&mut self) -> Result<Option<RecordBatch>> {
+        let changed = std::mem::take(&mut self.changed);
+        let mut slots = Vec::with_capacity(changed.len());
+        for slot in changed {
+            let was_changed = std::mem::take(&mut self.slots[slot as usize].changed);
+            if was_changed && !self.at[slot as usize].is_vacant() {
+                slots.push(slot);
+            }
+        }
+        self.snapshot_of(&slots)
+    }
+
+    /// All rows, as [`Newest::snapshot`] gives them; does not count as a snapshot.
+    ///
+    /// # Errors
+    /// Internal, from arrow.
+    pub fn full_snapshot(&self) -> Result<Option<RecordBatch>> {
+        let live = |slot: &u32| !self.at[*slot as usize].is_vacant();
+        self.snapshot_of(&(0..self.slots.len() as u32).filter(live).collect::<Vec<_>>())
+    }
+
+    fn snapshot_of(&self, slots: &[u32]) -> Result<Option<RecordBatch>> {
+        if slots.is_empty() {
+            return Ok(None);
+        }
+        let rows = self.chunks.gather(slots.iter().map(|&slot| self.at[slot as usize]))?;
+        let column = |of: fn(&Slot) -> i64| -> ArrayRef {
+            let values = slots.iter().map(|&slot| of(&self.slots[slot as usize]));
+            Arc::new(Int64Array::from(values.collect::<Vec<_>>()))
+        };
+        let dirty: Vec<bool> = slots.iter().map(|&slot| self.slots[slot as usize].dirty).collect();
+        let mut columns = rows.columns().to_vec();
+        columns.extend([column(|s| s.time), column(|s| s.place), column(|s| s.offset)]);
+        columns.push(Arc::new(BooleanArray::from(dirty)));
+        Ok(Some(RecordBatch::try_new(self.snapshot_schema.clone(), columns)?))
+    }
+
+    fn split_snapshot(&self, batch: &RecordBatch) -> Result<(RecordBatch, Origin, BooleanArray)> {
+        let wrong = || Error::internal("a snapshot of newest rows has other columns than its table");
+        let types_of =
+            |schema: &Schema| schema.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
+        if types_of(batch.schema_ref()) != types_of(&self.snapshot_schema) {
+            return Err(wrong());
+        }
+        let width = self.schema.fields().len();
+        let rows = RecordBatch::try_new(self.schema.clone(), batch.columns()[..width].to_vec())?;
+        let int64 = |column: usize| batch.column(column).as_primitive::<Int64Type>().clone();
+        let origin = Origin { time: int64(width), place: int64(width + 1), offset: int64(width + 2) };
+        Ok((rows, origin, batch.column(width + 3).as_boolean().clone()))
+    }
+
+    /// Fills `row_slots`; returns the number of rows with a NULL key.
+    fn intern(&mut self, rows: &RecordBatch) -> Result<usize> {
+        let columns: Vec<ArrayRef> =
+            self.key_columns.iter().map(|&column| rows.column(column).clone()).collect();
+        let nulls = self.keys.intern(&columns, &mut self.row_slots)?;
+        self.slots.resize(self.keys.slot_count(), Slot::default());
+        self.at.resize(self.keys.slot_count(), Pointer::VACANT);
+        Ok(nulls)
+    }
+
+    /// Lets `slot` point to a row of the batch in hand; `place_touched` gives it its place.
+    fn replace(&mut self, slot: u32, row: usize, order: (Micros, i64, i64)) {
+        let old = self.at[slot as usize];
+        let state = &mut self.slots[slot as usize];
+        if !old.is_pending() {
+            self.touched.push(slot);
+            state.version = state.version.wrapping_add(1);
+            if old.is_vacant() {
+                self.live += 1;
+            } else {
+                self.chunks.release(old);
+            }
+        }
+        (state.time, state.place, state.offset) = order;
+        self.at[slot as usize] = Pointer::pending(row as u32);
+    }
+
+    /// Stores the winning rows of a batch as a chunk; returns the touched slots.
+    fn place_touched(&mut self, rows: &RecordBatch) -> Result<Vec<u32>> {
+        let mut touched = std::mem::take(&mut self.touched);
+        self.drop_keys_without_rows();
+        if touched.is_empty() {
+            return Ok(touched);
+        }
+        // Reading order, so that `take` runs forward and the chunk does not depend on the hash table.
+        touched.sort_unstable_by_key(|&slot| self.at[slot as usize].row());
+        let indices: UInt32Array =
+            touched.iter().map(|&slot| self.at[slot as usize].row()).collect::<Vec<_>>().into();
+        let winners = take_record_batch(rows, &indices)?;
+        self.chunks.add(winners, &touched, &mut self.at)?;
+        if let Some(ttl) = self.ttl {
+            self.file_by_time(&touched, bucket_width(ttl));
+        }
+        self.chunks.settle(&mut self.at)?;
+        Ok(touched)
+    }
+
+    /// A key that was interned for a row of weight 0 has no row: forget it.
+    fn drop_keys_without_rows(&mut self) {
+        if self.keys.len() == self.live {
+            return;
+        }
+        for index in 0..self.row_slots.len() {
+            let slot = self.row_slots[index];
+            if slot != NO_SLOT && self.at[slot as usize].is_vacant() {
+                self.keys.remove(slot);
+            }
+        }
+    }
+
+    fn file_by_time(&mut self, touched: &[u32], width: i64) {
+        // Neighbouring rows mostly fall into one bucket: look it up once per run.
+        let mut start = 0;
+        while start < touched.len() {
+            let bucket_of = |slot: u32| self.slots[slot as usize].time.div_euclid(width);
+            let bucket = bucket_of(touched[start]);
+            let end = touched[start..].iter().position(|&slot| bucket_of(slot) != bucket);
+            let end = end.map_or(touched.len(), |length| start + length);
+            self.buckets.entry(bucket).or_default().extend_from_slice(&touched[start..end]);
+            start = end;
+        }
+        // Stale entries are bounded: when they outnumber the rows, the buckets are made anew.
+        self.filed += touched.len();
+        if self.filed > 4 * self.live + 1_024 {
+            self.buckets.clear();
+            self.filed = self.live;
+            for slot in 0..self.slots.len() as u32 {
+                if !self.at[slot as usize].is_vacant() {
+                    let bucket = self.slots[slot as usize].time.div_euclid(width);
+                    self.buckets.entry(bucket).or_default().push(slot);
+                }
+            }
+        }
+    }
+
+    fn mark(&mut self, slot: u32, dirty: bool, changed: bool) {
+        if dirty {
+            let state = &mut self.slots[slot as usize];
+            self.dirty += usize::from(!std::mem::replace(&mut state.dirty, true));
+            self.enqueue(slot);
+        } else {
+            self.set_clean(slot);
+        }
+        let state = &mut self.slots[slot as usize];
+        if changed && !std::mem::replace(&mut state.changed, true) {
+            self.changed.push(slot);
+        }
+    }
+
+    fn set_clean(&mut self, slot: u32) {
+        let was = std::mem::take(&mut self.slots[slot as usize].dirty);
+        self.dirty -= usize::from(was);
+    }
+
+    fn enqueue(&mut self, slot: u32) {
+        let state = &mut self.slots[slot as usize];
+        if state.dirty && !std::mem::replace(&mut state.queued, true) {
+            self.queue.push(slot);
+        }
+    }
+
+    /// After a restore, which uses the `queued` marks for its own ends.
+    fn rebuild_queue(&mut self) {
+        self.queue.clear();
+        self.queue_head = 0;
+        for slot in 0..self.slots.len() as u32 {
+            self.slots[slot as usize].queued = false;
+            self.enqueue(slot);
+        }
+    }
+
+    fn drop_slot(&mut self, slot: u32) {
+        self.set_clean(slot);
+        self.chunks.release(self.at[slot as usize]);
+        self.at[slot as usize] = Pointer::VACANT;
+        self.slots[slot as usize].version = self.slots[slot as usize].version.wrapping_add(1);
+        self.keys.remove(slot);
+        self.live -= 1;
+    }
+}
+
+fn bucket_width(ttl: Micros) -> i64 {
+    (ttl / BUCKETS_PER_TTL).max(1)
+}
