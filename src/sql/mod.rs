@@ -1,6 +1,15 @@
 //! Text → statements. Knows nothing of connectors or plans.
+//!
+//! The way of a text: [`variables`] puts values in place of `${VAR}` and keeps a map back to what the user wrote;
+//! the tokens of the result carry places of the *original* text from then on, so every later error, DataFusion's
+//! own included, points there. [`parser::parse`] cuts the tokens at `;` and makes one [`Statement`] of each: ours by our
+//! own grammar, every other by DataFusion's parser. [`windows`] writes named windows out in full. [`Catalog`]
+//! gathers the statements of all files; they may refer forward, and across files.
+//!
+//! Unquoted names are lowercased, quoted ones kept, as DataFusion does.
 
 pub mod catalog;
+mod create;
 pub mod interval;
 pub mod options;
 pub mod parser;

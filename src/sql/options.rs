@@ -2,8 +2,12 @@
 //!
 //! A connector takes each option that it knows with one of the methods below and ends with [`Options::finish`].
 //! An unknown key is an error with a "did you mean"; a wrong value names the key, the value and what was expected.
+//!
+//! `secret('env:NAME')` and `secret('file:PATH')` stay unresolved until a connector calls [`Options::secret`]; only
+//! options taken that way accept them, and no message or debug output shows what they stand for.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -12,8 +16,74 @@ use crate::error::{Error, Place, Result};
 /// One `key = 'value'` with its place in the SQL.
 #[derive(Debug, Clone)]
 pub struct OptionValue {
+    /// The text; of a secret, where it is kept (`env:NAME`, `file:PATH`).
     pub value: String,
     pub place: Option<Place>,
+    /// Written as `secret('…')`.
+    pub secret: bool,
+}
+
+/// A text that is never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself: for the connection that needs it, not for messages.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// Finds what a secret's reference (`env:NAME`, `file:PATH`) stands for. A file loses its last line break.
+///
+/// # Errors
+/// A user error that names the reference and never the secret.
+pub fn resolve_secret(reference: &str, environment: &dyn Fn(&str) -> Option<String>) -> Result<String> {
+    match reference.split_once(':') {
+        Some(("env", name)) => environment(name).ok_or_else(|| {
+            Error::user(format!("the environment variable {name} of a secret is not set"))
+                .hint(format!("Set {name} before starting."))
+        }),
+        Some(("file", path)) => {
+            std::fs::read_to_string(path).map(|text| text.trim_end_matches(['\n', '\r']).to_owned()).map_err(
+                |error| Error::user(format!("the file {path} of a secret cannot be read")).because(error),
+            )
+        }
+        _ => Err(Error::user(format!("secret('{reference}') is not understood"))
+            .hint("Write secret('env:NAME') or secret('file:PATH').")),
+    }
+}
+
+/// How other engines call options that exist here.
+const ALIASES: &[(&str, &str)] = &[
+    ("properties.bootstrap.servers", "bootstrap_servers"),
+    ("bootstrap.servers", "bootstrap_servers"),
+    ("brokers", "bootstrap_servers"),
+    ("kafka.bootstrap.servers", "bootstrap_servers"),
+    ("scan.startup.mode", "scan_startup"),
+    ("scan_startup_mode", "scan_startup"),
+    ("auto.offset.reset", "scan_startup"),
+    ("value.format", "format"),
+    ("topics", "topic"),
+    ("kafka_topic", "topic"),
+    ("key.fields", "key"),
+    ("primary_key", "key"),
+    ("path", "location"),
+    ("table-path", "location"),
+    ("partitioned_by", "partition_by"),
+];
+
+/// What an option of another engine is called here.
+fn alias(key: &str) -> Option<String> {
+    let lower = key.to_ascii_lowercase();
+    let known = ALIASES.iter().find(|(other, _)| *other == lower).map(|(_, ours)| (*ours).to_owned());
+    known.or_else(|| lower.strip_prefix("properties.").map(|rest| format!("kafka.{rest}")))
 }
 
 /// The options of one statement.
@@ -22,19 +92,25 @@ pub struct Options {
     /// What the options belong to, for messages: "source transactions".
     owner: String,
     left: BTreeMap<String, OptionValue>,
+    /// Where each option stands, also after it was taken.
+    places: BTreeMap<String, Place>,
     /// Every key that was asked for, for "did you mean".
     known: Vec<String>,
 }
 
 impl Options {
     pub fn new(owner: impl Into<String>, entries: impl IntoIterator<Item = (String, OptionValue)>) -> Self {
-        Self { owner: owner.into(), left: entries.into_iter().collect(), known: Vec::new() }
+        let left: BTreeMap<String, OptionValue> = entries.into_iter().collect();
+        let places =
+            left.iter().filter_map(|(key, option)| Some((key.clone(), option.place.clone()?))).collect();
+        Self { owner: owner.into(), left, places, known: Vec::new() }
     }
 
     /// For tests and for options that do not come from SQL.
     pub fn of(owner: &str, entries: &[(&str, &str)]) -> Self {
-        let entry =
-            |(k, v): &(&str, &str)| ((*k).to_owned(), OptionValue { value: (*v).to_owned(), place: None });
+        let entry = |(k, v): &(&str, &str)| {
+            ((*k).to_owned(), OptionValue { value: (*v).to_owned(), place: None, secret: false })
+        };
         Self::new(owner, entries.iter().map(entry))
     }
 
@@ -42,36 +118,77 @@ impl Options {
         &self.owner
     }
 
-    fn take(&mut self, key: &str) -> Option<OptionValue> {
+    fn take(&mut self, key: &str) -> Result<Option<OptionValue>> {
         self.known.push(key.to_owned());
-        self.left.remove(key)
+        match self.left.remove(key) {
+            Some(option) if option.secret => {
+                let error = Error::user(format!("{}: {key} cannot be a secret", self.owner));
+                Err(placed(error.hint("Write its value in single quotes."), option.place.as_ref()))
+            }
+            other => Ok(other),
+        }
     }
 
     /// The text of an option, if given.
     pub fn string(&mut self, key: &str) -> Result<Option<String>> {
-        Ok(self.take(key).map(|option| option.value))
+        Ok(self.take(key)?.map(|option| option.value))
     }
 
     /// The text of an option that must be given.
     ///
     /// # Errors
-    /// A user error that names the option when it is missing.
+    /// A user error that names the option when it is missing, at what looks like a slip for it if there is one.
     pub fn required(&mut self, key: &str) -> Result<String> {
-        self.string(key)?.ok_or_else(|| {
-            Error::user(format!("{} lacks the option {key}", self.owner))
-                .hint(format!("Add {key} = '…' to its WITH (…)."))
+        if let Some(text) = self.string(key)? {
+            return Ok(text);
+        }
+        let error = Error::user(format!("{} lacks the option {key}", self.owner));
+        let known = [key.to_owned()];
+        let slip = |given: &&String| {
+            !self.known.contains(given)
+                && (alias(given).as_deref() == Some(key) || nearest(given, &known).is_some())
+        };
+        Err(match self.left.keys().find(slip) {
+            Some(given) => {
+                placed(error.hint(format!("Write {key} instead of {given}.")), self.places.get(given))
+            }
+            None => error.hint(format!("Add {key} = '…' to its WITH (…).")),
         })
+    }
+
+    /// An option that may be `secret('…')`, resolved now by `resolve` (see [`resolve_secret`]).
+    ///
+    /// # Errors
+    /// The resolver's, at the option's place.
+    pub fn secret(&mut self, key: &str, resolve: &dyn Fn(&str) -> Result<String>) -> Result<Option<Secret>> {
+        self.known.push(key.to_owned());
+        self.left.remove(key).map(|option| reveal(&option, resolve)).transpose()
+    }
+
+    /// As [`Options::with_prefix`], but takes only the options that are secrets; call it before or after the other.
+    ///
+    /// # Errors
+    /// The resolver's, at the option's place.
+    pub fn secrets_with_prefix(
+        &mut self,
+        prefix: &str,
+        resolve: &dyn Fn(&str) -> Result<String>,
+    ) -> Result<Vec<(String, Secret)>> {
+        self.take_prefix(prefix, true)
+            .into_iter()
+            .map(|(key, option)| Ok((key, reveal(&option, resolve)?)))
+            .collect()
     }
 
     /// A value by its `FromStr`; `expected` completes "expected …" in the message.
     pub fn parse<T: FromStr>(&mut self, key: &str, expected: &str) -> Result<Option<T>> {
-        let Some(option) = self.take(key) else { return Ok(None) };
+        let Some(option) = self.take(key)? else { return Ok(None) };
         option.value.trim().parse().map(Some).map_err(|_| self.wrong(key, &option, expected))
     }
 
     /// A duration: `'5 seconds'`, `'1 day'`, `'500ms'`, `INTERVAL '1 minute'`.
     pub fn duration(&mut self, key: &str) -> Result<Option<Duration>> {
-        let Some(option) = self.take(key) else { return Ok(None) };
+        let Some(option) = self.take(key)? else { return Ok(None) };
         parse_duration(&option.value)
             .map(Some)
             .ok_or_else(|| self.wrong(key, &option, "a duration such as '5 seconds'"))
@@ -79,25 +196,32 @@ impl Options {
 
     /// One of a few words; returns its index in `choices`.
     pub fn choice(&mut self, key: &str, choices: &[&str]) -> Result<Option<usize>> {
-        let Some(option) = self.take(key) else { return Ok(None) };
+        let Some(option) = self.take(key)? else { return Ok(None) };
         let found = choices.iter().position(|choice| choice.eq_ignore_ascii_case(option.value.trim()));
         found.map(Some).ok_or_else(|| self.wrong(key, &option, &format!("one of {}", choices.join(", "))))
     }
 
-    /// All options whose key starts with `prefix`, without it: `kafka.*`, `topic.*`.
+    /// All options whose key starts with `prefix`, without it: `kafka.*`, `topic.*`. Secrets stay behind.
     pub fn with_prefix(&mut self, prefix: &str) -> Vec<(String, String)> {
-        self.known.push(format!("{prefix}*"));
-        let keys: Vec<String> = self.left.keys().filter(|key| key.starts_with(prefix)).cloned().collect();
+        self.take_prefix(prefix, false).into_iter().map(|(key, option)| (key, option.value)).collect()
+    }
+
+    fn take_prefix(&mut self, prefix: &str, secrets: bool) -> Vec<(String, OptionValue)> {
+        let pattern = format!("{prefix}*");
+        if !self.known.contains(&pattern) {
+            self.known.push(pattern);
+        }
+        let wanted =
+            |(key, option): &(&String, &OptionValue)| key.starts_with(prefix) && option.secret == secrets;
+        let keys: Vec<String> = self.left.iter().filter(wanted).map(|(key, _)| key.clone()).collect();
         keys.into_iter()
-            .filter_map(|key| {
-                self.left.remove(&key).map(|option| (key[prefix.len()..].to_owned(), option.value))
-            })
+            .filter_map(|key| self.left.remove(&key).map(|option| (key[prefix.len()..].to_owned(), option)))
             .collect()
     }
 
     /// Where an option stands, for errors that are found later.
     pub fn place(&self, key: &str) -> Option<Place> {
-        self.left.get(key).and_then(|option| option.place.clone())
+        self.places.get(key).cloned()
     }
 
     /// Refuses what nobody asked for.
@@ -107,55 +231,48 @@ impl Options {
     pub fn finish(self) -> Result<()> {
         let Some((key, option)) = self.left.iter().next() else { return Ok(()) };
         let error = Error::user(format!("{} has no option {key}", self.owner));
-        let error = match nearest(key, &self.known) {
-            Some(near) => error.hint(format!("Did you mean {near}?")),
-            None => error.hint(format!("Its options are {}.", self.known.join(", "))),
+        let takes = |name: &str| {
+            let covers =
+                |known: &String| known.strip_suffix('*').is_some_and(|prefix| name.starts_with(prefix));
+            self.known.iter().any(|known| known == name || covers(known))
         };
-        Err(match &option.place {
-            Some(place) => error.at(place.clone()),
-            None => error,
-        })
+        let error = if option.secret && takes(key) {
+            Error::user(format!("{}: {key} cannot be a secret", self.owner))
+                .hint("Write its value in single quotes.")
+        } else if let Some(ours) = alias(key).filter(|ours| takes(ours)) {
+            error.hint(format!("Here it is called {ours}."))
+        } else if let Some(near) = nearest(key, &self.known) {
+            error.hint(format!("Did you mean {near}?"))
+        } else {
+            error.hint(format!("Its options are {}.", self.known.join(", ")))
+        };
+        Err(placed(error, option.place.as_ref()))
     }
 
     fn wrong(&self, key: &str, option: &OptionValue, expected: &str) -> Error {
         let error = Error::user(format!("{}: {key} = '{}' is not {expected}", self.owner, option.value));
-        match &option.place {
-            Some(place) => error.at(place.clone()),
-            None => error,
-        }
+        placed(error, option.place.as_ref())
     }
 }
 
-/// Parses `'5 seconds'`, `'1 day 2 hours'`, `'500ms'`; `None` when it is no duration or negative.
+fn placed(error: Error, place: Option<&Place>) -> Error {
+    match place {
+        Some(place) => error.at(place.clone()),
+        None => error,
+    }
+}
+
+fn reveal(option: &OptionValue, resolve: &dyn Fn(&str) -> Result<String>) -> Result<Secret> {
+    if !option.secret {
+        return Ok(Secret(option.value.clone()));
+    }
+    resolve(&option.value).map(Secret).map_err(|error| placed(error, option.place.as_ref()))
+}
+
+/// Parses `'5 seconds'`, `'1 day 2 hours'`, `'500ms'`; `None` when it is no duration, has months or is negative.
 pub fn parse_duration(text: &str) -> Option<Duration> {
-    let text = text.trim();
-    let text = text.strip_prefix("INTERVAL").or_else(|| text.strip_prefix("interval")).unwrap_or(text);
-    let text = text.trim().trim_matches('\'').trim();
-    let mut total = Duration::ZERO;
-    let mut rest = text;
-    if rest.is_empty() {
-        return None;
-    }
-    while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
-        let (number, tail) = rest.split_at(digits);
-        let tail = tail.trim_start();
-        let letters = tail.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(tail.len());
-        let (unit, tail) = tail.split_at(letters);
-        let seconds = match unit.to_ascii_lowercase().as_str() {
-            "us" | "microsecond" | "microseconds" => 1e-6,
-            "ms" | "millisecond" | "milliseconds" => 1e-3,
-            "s" | "sec" | "secs" | "second" | "seconds" => 1.0,
-            "m" | "min" | "mins" | "minute" | "minutes" => 60.0,
-            "h" | "hour" | "hours" => 3_600.0,
-            "d" | "day" | "days" => 86_400.0,
-            "w" | "week" | "weeks" => 604_800.0,
-            _ => return None,
-        };
-        total += Duration::try_from_secs_f64(number.parse::<f64>().ok()? * seconds).ok()?;
-        rest = tail.trim_start();
-    }
-    Some(total)
+    let micros = crate::sql::interval::parse_micros(text).ok()?;
+    u64::try_from(micros).ok().map(Duration::from_micros)
 }
 
 /// The known word nearest to `word`, if it is near enough to be a slip of the pen.

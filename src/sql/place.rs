@@ -1,12 +1,16 @@
-//! Places in SQL texts, and how an error is shown with its line and a caret.
+//! Places in a SQL text, and how an error with a place is shown to people.
 
+use std::fmt::Write;
 use std::sync::Arc;
+
+use sqlparser::tokenizer::Span;
 
 use crate::error::{Error, Place};
 
-/// One file, or the command line.
+/// One file of SQL, or what was given on the command line.
 #[derive(Debug, Clone)]
 pub struct SourceText {
+    /// Path as the user gave it, or `<command line>`.
     pub file: Arc<str>,
     pub text: Arc<str>,
 }
@@ -16,15 +20,35 @@ impl SourceText {
         Self { file: file.into(), text: text.into() }
     }
 
+    /// A place by 1-based line and column, counted in characters.
     pub fn place(&self, line: usize, column: usize, width: usize) -> Place {
-        Place {
-            file: Arc::clone(&self.file),
-            text: Arc::clone(&self.text),
-            line,
-            column,
-            width: width.max(1),
-        }
+        Place { file: self.file.clone(), text: self.text.clone(), line, column, width: width.max(1) }
     }
+
+    /// The place of a span of the original text; the empty span is the end of the text.
+    pub fn place_at(&self, span: Span) -> Place {
+        if span.start.line == 0 {
+            let line = self.text.lines().count().max(1);
+            let column = self.text.lines().last().map_or(0, |last| last.chars().count()) + 1;
+            return self.place(line, column, 1);
+        }
+        let (line, column) = (span.start.line as usize, span.start.column as usize);
+        let width = if span.end.line == span.start.line {
+            span.end.column.saturating_sub(span.start.column) as usize
+        } else {
+            let length = self.text.lines().nth(line.saturating_sub(1)).map_or(0, |text| text.chars().count());
+            (length + 1).saturating_sub(column)
+        };
+        self.place(line, column, width)
+    }
+}
+
+/// The place of a span in the same text as `like`: for errors found while planning a statement whose place is known.
+pub fn place_of_span(like: &Place, span: Span) -> Place {
+    if span.start.line == 0 {
+        return like.clone();
+    }
+    SourceText { file: like.file.clone(), text: like.text.clone() }.place_at(span)
 }
 
 /// The first whole word `word` (any case) from a statement's place to its `;`.
@@ -51,21 +75,52 @@ pub fn find_word(from: &Place, word: &str) -> Option<Place> {
     None
 }
 
-/// An error as people read it: reason, file and line, the line with a caret, hint.
+/// An error as the command line shows it: message, the line of SQL with a caret, hint; each line ends.
 pub fn render(error: &Error) -> String {
-    let mut out = format!("error: {error}\n");
+    let mut out = format!("error: {error}");
+    let mut gutter = 1;
     if let Some(place) = error.place() {
-        let gutter = " ".repeat(place.line.to_string().len());
-        let line = place.text.lines().nth(place.line - 1).unwrap_or_default();
-        let shown = line.replace('\t', " ");
-        let room = shown.chars().count().saturating_sub(place.column - 1).max(1);
-        out.push_str(&format!("{gutter}--> {}:{}:{}\n", place.file, place.line, place.column));
-        out.push_str(&format!("{gutter} |\n{} | {shown}\n", place.line));
-        let caret = "^".repeat(place.width.min(room));
-        out.push_str(&format!("{gutter} | {}{caret}\n", " ".repeat(place.column - 1)));
+        let number = place.line.to_string();
+        gutter = number.len();
+        let blank = " ".repeat(gutter);
+        let line = place.text.lines().nth(place.line.saturating_sub(1)).unwrap_or("");
+        let (shown, before, width) = underline(line, place.column, place.width);
+        // Writing to a String cannot fail.
+        let _ = write!(
+            out,
+            "\n{blank}--> {}:{}:{}\n{blank} |\n{number} | {shown}\n{blank} | {}{}",
+            place.file,
+            place.line,
+            place.column,
+            " ".repeat(before),
+            "^".repeat(width),
+        );
     }
     if let Some(hint) = error.hint_text() {
-        out.push_str(&format!("  = hint: {hint}\n"));
+        let _ = write!(out, "\n{} = hint: {hint}", " ".repeat(gutter));
     }
+    out.push('\n');
     out
+}
+
+const TAB: usize = 4;
+
+/// The line with tabs as blanks, and where its underline starts and how long it is, within the line.
+fn underline(line: &str, column: usize, width: usize) -> (String, usize, usize) {
+    let mut shown = String::with_capacity(line.len());
+    let (mut before, mut under) = (0, 0);
+    for (at, character) in line.chars().enumerate() {
+        let size = if character == '\t' { TAB } else { 1 };
+        match character {
+            '\t' => shown.push_str("    "),
+            other if other.is_control() => shown.push(' '),
+            other => shown.push(other),
+        }
+        if at + 1 < column {
+            before += size;
+        } else if at + 1 < column.saturating_add(width) {
+            under += size;
+        }
+    }
+    (shown.trim_end().to_owned(), before, under.max(1))
 }

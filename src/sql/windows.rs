@@ -6,49 +6,72 @@
 
 use std::ops::ControlFlow;
 
+use datafusion::sql::parser::{CopyToSource, Statement};
 use sqlparser::ast::{
-    Expr, Ident, NamedWindowDefinition, NamedWindowExpr, Query, Select, VisitMut, VisitorMut, WindowSpec,
-    WindowType,
+    Expr, Ident, NamedWindowDefinition, NamedWindowExpr, Query, Select, SetExpr, VisitMut, VisitorMut,
+    WindowSpec, WindowType,
 };
 
 use crate::error::{Error, Place, Result};
-use crate::sql::place::find_word;
+use crate::sql::parser::normal;
+use crate::sql::place::place_of_span;
 
 /// Merges all named windows of a query and its sub-queries.
 ///
 /// # Errors
 /// A user error: an unknown window, a copy that is not allowed.
 pub fn merge(query: &mut Query, place: &Place) -> Result<()> {
-    let mut merge = Merge { scopes: Vec::new(), place };
-    match query.visit(&mut merge) {
+    visit(query, place)
+}
+
+/// The same for every query of a statement of DataFusion.
+pub fn merge_statement(statement: &mut Statement, place: &Place) -> Result<()> {
+    match statement {
+        Statement::Statement(statement) => visit(statement.as_mut(), place),
+        Statement::CopyTo(copy) => match &mut copy.source {
+            CopyToSource::Query(query) => visit(query.as_mut(), place),
+            CopyToSource::Relation(_) => Ok(()),
+        },
+        Statement::Explain(explain) => merge_statement(&mut explain.statement, place),
+        Statement::CreateExternalTable(_) | Statement::Reset(_) => Ok(()),
+    }
+}
+
+fn visit(node: &mut impl VisitMut, place: &Place) -> Result<()> {
+    match node.visit(&mut Merge { scopes: Vec::new(), place }) {
         ControlFlow::Break(error) => Err(error),
         ControlFlow::Continue(()) => Ok(()),
     }
 }
 
+type Scope = Vec<(Ident, WindowSpec)>;
+
+/// Every query and every SELECT has its own scope: windows of an outer query are not seen by an inner one.
 struct Merge<'p> {
     /// The windows of the SELECTs around the current expression, resolved.
-    scopes: Vec<Vec<(Ident, WindowSpec)>>,
+    scopes: Vec<Scope>,
     place: &'p Place,
 }
 
 impl VisitorMut for Merge<'_> {
     type Break = Error;
 
-    fn pre_visit_select(&mut self, select: &mut Select) -> ControlFlow<Error> {
-        let mut scope = Vec::new();
-        for NamedWindowDefinition(name, definition) in std::mem::take(&mut select.named_window) {
-            let spec = match definition {
-                NamedWindowExpr::NamedWindow(other) => self.find(&scope, &other),
-                NamedWindowExpr::WindowSpec(spec) => self.complete(&scope, spec),
-            };
-            match spec {
-                Ok(spec) => scope.push((name, spec)),
-                Err(error) => return ControlFlow::Break(error),
-            }
-        }
-        self.scopes.push(scope);
+    /// The ORDER BY of a query belongs to the query, but may use the windows of its SELECT.
+    fn pre_visit_query(&mut self, query: &mut Query) -> ControlFlow<Error> {
+        let named = match query.body.as_ref() {
+            SetExpr::Select(select) => select.named_window.clone(),
+            _ => Vec::new(),
+        };
+        self.enter(named)
+    }
+
+    fn post_visit_query(&mut self, _query: &mut Query) -> ControlFlow<Error> {
+        self.scopes.pop();
         ControlFlow::Continue(())
+    }
+
+    fn pre_visit_select(&mut self, select: &mut Select) -> ControlFlow<Error> {
+        self.enter(std::mem::take(&mut select.named_window))
     }
 
     fn post_visit_select(&mut self, _select: &mut Select) -> ControlFlow<Error> {
@@ -75,8 +98,29 @@ impl VisitorMut for Merge<'_> {
 }
 
 impl Merge<'_> {
+    /// Resolves the definitions, each by those before it, and makes them the innermost scope.
+    fn enter(&mut self, definitions: Vec<NamedWindowDefinition>) -> ControlFlow<Error> {
+        let mut scope = Scope::new();
+        for NamedWindowDefinition(name, definition) in definitions {
+            if scope.iter().any(|(other, _)| normal(other) == normal(&name)) {
+                let message = format!("the window {name} is defined twice");
+                return ControlFlow::Break(self.error(message, &name, "Give one of them another name."));
+            }
+            let spec = match definition {
+                NamedWindowExpr::NamedWindow(other) => self.find(&scope, &other),
+                NamedWindowExpr::WindowSpec(spec) => self.complete(&scope, spec),
+            };
+            match spec {
+                Ok(spec) => scope.push((name, spec)),
+                Err(error) => return ControlFlow::Break(error),
+            }
+        }
+        self.scopes.push(scope);
+        ControlFlow::Continue(())
+    }
+
     fn find(&self, scope: &[(Ident, WindowSpec)], name: &Ident) -> Result<WindowSpec> {
-        let same = |other: &Ident| other.value.eq_ignore_ascii_case(&name.value);
+        let same = |other: &Ident| normal(other) == normal(name);
         scope.iter().find(|(other, _)| same(other)).map(|(_, spec)| spec.clone()).ok_or_else(|| {
             let known: Vec<&str> = scope.iter().map(|(name, _)| name.value.as_str()).collect();
             self.error(
@@ -84,7 +128,7 @@ impl Merge<'_> {
                 name,
                 &match known.is_empty() {
                     true => "Define it behind FROM: WINDOW w AS (PARTITION BY … ORDER BY …).".to_owned(),
-                    false => format!("This SELECT defines {}.", known.join(", ")),
+                    false => format!("Up to here, this SELECT defines {}.", known.join(", ")),
                 },
             )
         })
@@ -122,7 +166,6 @@ impl Merge<'_> {
     }
 
     fn error(&self, message: String, word: &Ident, hint: &str) -> Error {
-        let place = find_word(self.place, &word.value).unwrap_or_else(|| self.place.clone());
-        Error::user(message).hint(hint).at(place)
+        Error::user(message).hint(hint).at(place_of_span(self.place, word.span))
     }
 }
