@@ -49,10 +49,6 @@ impl Sum {
         self.change(value, -1);
     }
 
-    pub fn count_row(&mut self, times: i64) {
-        self.count += times;
-    }
-
     fn change(&mut self, value: Value, times: i64) {
         self.count += times;
         match value {
@@ -71,18 +67,6 @@ impl Sum {
                 }
             }
         }
-    }
-
-    /// Adds another sum.
-    pub fn merge(&mut self, other: &Self) {
-        let count = self.count + other.count;
-        self.change(Value::Float(other.high), 1);
-        self.count = count;
-        self.low += other.low;
-        self.integer += other.integer;
-        self.nan += other.nan;
-        self.positive_infinite += other.positive_infinite;
-        self.negative_infinite += other.negative_infinite;
     }
 
     pub fn float(&self) -> f64 {
