@@ -5,6 +5,9 @@
 //! [`AppendSink`] (at least once: Kafka, console), the Delta writer and committer (exactly once, by epoch), and
 //! [`OnlineStore`] (newest value per key, fenced: Redis, memory).
 
+#[cfg(feature = "delta")]
+pub mod delta;
+pub mod files;
 pub mod memory;
 #[cfg(feature = "redis")]
 pub mod redis;

@@ -1,0 +1,31 @@
+//! Delta: exactly-once by epoch (DESIGN §5 *Delta commit*).
+//!
+//! Shards write Parquet files during an epoch ([`DeltaWriter`]). At the barrier the files are uploaded and their `add`
+//! actions go into the manifest. After the manifest is published one [`DeltaCommitter`] per sink commits them with an
+//! application transaction (app = pipeline/sink, version = epoch); replaying a commit that landed does nothing.
+
+pub mod committer;
+pub mod config;
+pub mod store;
+pub mod table;
+pub mod writer;
+
+#[cfg(test)]
+mod tests;
+
+use serde::{Deserialize, Serialize};
+
+pub use committer::{CommitProgress, Committed, DeltaCommitter, TableState};
+pub use config::DeltaConfig;
+pub use writer::DeltaWriter;
+
+/// A file that is uploaded and not yet part of the table.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PreparedFile {
+    /// Relative to the table.
+    pub path: String,
+    pub size: u64,
+    pub rows: u64,
+    /// The Delta `add` action.
+    pub add: serde_json::Value,
+}

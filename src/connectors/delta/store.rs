@@ -1,0 +1,62 @@
+//! `s3://` for delta-rs, through our own stores: without the crates of the AWS SDK.
+
+use std::sync::{Arc, OnceLock};
+
+use deltalake_core::logstore::{
+    LogStore, LogStoreFactory, ObjectStoreFactory, ObjectStoreRef, StorageConfig, default_logstore,
+    logstore_factories, object_store_factories,
+};
+use deltalake_core::{DeltaResult, DeltaTable, DeltaTableBuilder, DeltaTableError};
+use object_store::path::Path;
+use url::Url;
+
+use crate::connectors::files;
+use crate::error::{Error, Result};
+
+#[derive(Debug, Default)]
+struct S3;
+
+impl ObjectStoreFactory for S3 {
+    fn parse_url_opts(&self, url: &Url, _config: &StorageConfig) -> DeltaResult<(ObjectStoreRef, Path)> {
+        let store = files::bucket(url).map_err(|error| DeltaTableError::generic(error.to_string()))?;
+        Ok((store, Path::from(url.path().trim_start_matches('/'))))
+    }
+}
+
+impl LogStoreFactory for S3 {
+    fn with_options(
+        &self,
+        prefixed_store: ObjectStoreRef,
+        root_store: ObjectStoreRef,
+        location: &Url,
+        options: &StorageConfig,
+    ) -> DeltaResult<Arc<dyn LogStore>> {
+        Ok(default_logstore(prefixed_store, root_store, location, options))
+    }
+}
+
+/// Teaches delta-rs the scheme `s3`, once per process.
+pub fn register() {
+    static ONCE: OnceLock<()> = OnceLock::new();
+    ONCE.get_or_init(|| {
+        if let Ok(scheme) = Url::parse("s3://") {
+            object_store_factories().insert(scheme.clone(), Arc::new(S3));
+            logstore_factories().insert(scheme, Arc::new(S3));
+        }
+    });
+}
+
+/// A table that is not loaded yet; it need not exist.
+///
+/// # Errors
+/// User or external: the location cannot be opened.
+pub fn table(location: &str) -> Result<DeltaTable> {
+    register();
+    let located = files::open(location)?;
+    let builder = DeltaTableBuilder::from_url(located.url).map_err(|error| failed(location, error))?;
+    builder.build().map_err(|error| failed(location, error))
+}
+
+pub fn failed(location: &str, error: DeltaTableError) -> Error {
+    Error::external(format!("the Delta table {location} failed")).because(error)
+}
