@@ -330,3 +330,51 @@ fn a_missing_broker_is_one_line_and_exit_3() {
     let errors: Vec<&str> = said.lines().filter(|line| line.starts_with("error:")).collect();
     assert!(errors.len() == 1 && errors[0].contains("127.0.0.1:9"), "{said}");
 }
+
+/// A fresh folder, no service: `dev` fills both tables and the online values, twice in a row.
+#[test]
+fn dev_fills_tables_without_any_service() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("sql");
+    fs::create_dir(folder.path().join("sql")).unwrap();
+    for name in ["transactions.sql", "transactions_producer.sql"] {
+        fs::copy(source.join(name), folder.path().join("sql").join(name)).unwrap();
+    }
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_millstream"));
+        command
+            .args(arguments)
+            .current_dir(folder.path())
+            .env("REDIS_URL", "redis://127.0.0.1:9")
+            .env_remove("LAKE");
+        command
+    };
+    let count = |table: &str| -> u64 {
+        let sql = format!("SELECT count(*) AS n FROM {table}");
+        let state = "./.millstream/transactions-dev";
+        let arguments = ["query", "sql/transactions.sql", "--state", state, "--format", "csv", "-c", &sql];
+        let out = command(&arguments).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8_lossy(&out.stdout).lines().nth(1).unwrap().parse().unwrap()
+    };
+    let mut before = 0;
+    for _ in 0..2 {
+        let mut dev = command(&["dev", "sql/transactions.sql"]);
+        let process = dev.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_secs(9));
+        Command::new("kill").args(["-INT", &process.id().to_string()]).status().unwrap();
+        let out = process.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "{said}");
+        for word in ["rows/s", "lag", "newest {", "Try next:"] {
+            assert!(said.contains(word), "{word} is not in:\n{said}");
+        }
+        let (backup, training, serving) =
+            (count("transactions_backup"), count("user_features_training"), count("user_features_serving"));
+        assert!(
+            backup > before && training > 0 && training <= backup && serving > 0,
+            "{backup} {training} {serving}"
+        );
+        before = backup;
+    }
+}

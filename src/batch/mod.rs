@@ -3,6 +3,8 @@
 //! A sink is queried by its name: a Delta sink is its table, an online sink is read back from its store. Files are
 //! queried by path. Only what a query names is opened.
 
+mod newest;
+
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
@@ -22,7 +24,8 @@ pub struct Answer {
     pub batches: Vec<RecordBatch>,
 }
 
-/// Runs the statements of `sql` one after the other; the last one's rows are the answer.
+/// Runs the statements of `sql` one after the other; the last one's rows are the answer. With `state`, online sinks
+/// are read from that state instead of their store.
 ///
 /// # Errors
 /// User: SQL. External: a table cannot be read.
@@ -31,6 +34,7 @@ pub async fn query(
     plan: &StreamPlan,
     sql: &str,
     variables: &Variables<'_>,
+    state: Option<&str>,
 ) -> Result<Answer> {
     let session = batch_session()?.enable_url_table();
     let text = SourceText::new("<command line>", sql);
@@ -40,13 +44,13 @@ pub async fn query(
             return Err(Error::user("this statement declares something and is no query")
                 .hint("Put it into a SQL file of the pipeline."));
         };
-        let state = session.state();
-        let names = state.resolve_table_references(&statement).map_err(|error| located(error, &place))?;
+        let names =
+            session.state().resolve_table_references(&statement).map_err(|error| located(error, &place))?;
         for name in names {
-            register(&session, catalog, plan, name.table()).await?;
+            register(&session, catalog, plan, name.table(), state).await?;
         }
-        let state = session.state();
-        let logical = state.statement_to_plan(*statement).await.map_err(|error| located(error, &place))?;
+        let planner = session.state();
+        let logical = planner.statement_to_plan(*statement).await.map_err(|error| located(error, &place))?;
         let frame = session.execute_logical_plan(logical).await.map_err(|error| located(error, &place))?;
         let schema = Arc::new(frame.schema().as_arrow().clone());
         answer = Some(Answer { schema, batches: frame.collect().await? });
@@ -54,12 +58,18 @@ pub async fn query(
     answer.ok_or_else(|| Error::user("the query is empty").hint("Give one with -c 'SELECT …'."))
 }
 
-async fn register(session: &SessionContext, catalog: &Catalog, plan: &StreamPlan, name: &str) -> Result<()> {
+async fn register(
+    session: &SessionContext,
+    catalog: &Catalog,
+    plan: &StreamPlan,
+    name: &str,
+    state: Option<&str>,
+) -> Result<()> {
     if session.table_exist(quoted(name)).unwrap_or(false) {
         return Ok(());
     }
     if let Some((_, sink)) = plan.sinks().find(|(_, sink)| sink.name == name) {
-        return register_sink(session, sink).await;
+        return register_sink(session, sink, state).await;
     }
     if let Some(table) = catalog.table(name) {
         let mut options = table.options.clone();
@@ -91,8 +101,13 @@ async fn register(session: &SessionContext, catalog: &Catalog, plan: &StreamPlan
     Ok(())
 }
 
-async fn register_sink(session: &SessionContext, sink: &SinkPlan) -> Result<()> {
+async fn register_sink(session: &SessionContext, sink: &SinkPlan, state: Option<&str>) -> Result<()> {
     match &sink.kind {
+        SinkKind::Online { .. } if state.is_some() => {
+            let rows = newest::read(sink, state.unwrap_or_default()).await?;
+            let table = MemTable::try_new(Arc::clone(&sink.schema), vec![rows])?;
+            session.register_table(quoted(&sink.name), Arc::new(table))?;
+        }
         #[cfg(feature = "delta")]
         SinkKind::Delta(config) => {
             let table = crate::connectors::delta::table::provider(&config.location).await?;

@@ -1,5 +1,7 @@
 //! The command line: the only room that prints. Data goes to stdout, everything else to stderr.
 
+#[cfg(feature = "kafka")]
+mod dev;
 mod output;
 mod progress;
 
@@ -26,7 +28,7 @@ struct Cli {
     command: Command,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 struct Files {
     /// SQL files, or folders of SQL files (*_producer.sql are left out).
     #[arg(default_value = "./sql")]
@@ -42,6 +44,9 @@ enum Command {
     Check(Files),
     /// Prints the plan of every sink.
     Explain(Files),
+    /// Runs everything embedded: in-process Kafka, the sample producer (F_producer.sql), a local lake.
+    #[cfg(feature = "kafka")]
+    Dev(Files),
     /// Runs the pipeline.
     Run(RunArgs),
     /// Runs a query over sinks, tables and files.
@@ -82,6 +87,9 @@ struct QueryArgs {
     /// The query.
     #[arg(short = 'c', long = "command", value_name = "SQL")]
     sql: String,
+    /// Where the state lies, for newest values that are in no Redis (dev).
+    #[arg(long)]
+    state: Option<String>,
     #[arg(long, value_enum, default_value_t = output::Format::Table)]
     format: output::Format,
 }
@@ -107,6 +115,7 @@ pub fn main() -> ExitCode {
             tracing_subscriber::EnvFilter::new("warn,delta_kernel=error,deltalake_core=error")
         }))
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         .init();
     let done = tokio::runtime::Builder::new_multi_thread().enable_all().build();
@@ -138,6 +147,8 @@ async fn dispatch(command: Command) -> Result<()> {
             let plan = crate::plan::sinks::plan(&load(&files)?, &[]).await?;
             output::text(&plan.to_string())
         }
+        #[cfg(feature = "kafka")]
+        Command::Dev(files) => dev::run(files).await,
         Command::Run(args) => run(args).await,
         Command::Query(args) => query(args).await,
     }
@@ -157,7 +168,14 @@ fn environment(name: &str) -> Option<String> {
 }
 
 fn load(files: &Files) -> Result<Catalog> {
-    let variables = Variables { overrides: overrides(&files.set)?, environment: &environment };
+    load_with(files, &[])
+}
+
+/// Loads with variables of our own; `--set` goes before them.
+fn load_with(files: &Files, own: &[(String, String)]) -> Result<Catalog> {
+    let mut set: BTreeMap<String, String> = own.iter().cloned().collect();
+    set.extend(overrides(&files.set)?);
+    let variables = Variables { overrides: set, environment: &environment };
     let paths = catalog::pipeline_files(&files.files)?;
     let texts = paths.iter().map(|path| catalog::read(path)).collect::<Result<Vec<_>>>()?;
     Catalog::load(&texts, &variables)
@@ -195,7 +213,7 @@ async fn run(args: RunArgs) -> Result<()> {
     let metrics = Metrics::shared();
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let signals = progress::on_signal(stop)?;
-    let lines = progress::lines(Arc::clone(&metrics));
+    let lines = progress::lines(Arc::clone(&metrics), false);
     let done = tokio::select! {
         done = crate::runtime::run(plan, options, Arc::clone(&metrics), stopped) => done,
         never = signals => match never {},
@@ -223,6 +241,6 @@ async fn query(args: QueryArgs) -> Result<()> {
         }
     };
     let variables = Variables { overrides: overrides(&args.files.set)?, environment: &environment };
-    let answer = crate::batch::query(&catalog, &plan, &args.sql, &variables).await?;
+    let answer = crate::batch::query(&catalog, &plan, &args.sql, &variables, args.state.as_deref()).await?;
     output::rows(&answer, args.format)
 }

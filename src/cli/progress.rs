@@ -38,14 +38,27 @@ async fn unreachable_future() -> Infallible {
     std::future::pending().await
 }
 
-/// Prints a line every second.
-pub async fn lines(metrics: Arc<Metrics>) -> Infallible {
+/// Prints a line every second, and with `rows` some of the newest features below it.
+pub async fn lines(metrics: Arc<Metrics>, rows: bool) -> Infallible {
     let mut before = 0;
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let read = metrics.read.load(Ordering::Relaxed);
         eprintln!("{}", line(&metrics, read - before));
         before = read;
+        let sample = metrics.sample.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some(sample) = sample.filter(|_| rows) {
+            newest(&sample);
+        }
+    }
+}
+
+fn newest(sample: &arrow::array::RecordBatch) {
+    let mut bytes = Vec::new();
+    let mut writer = arrow::json::LineDelimitedWriter::new(&mut bytes);
+    // What cannot be shown is left out: this is for the eye only.
+    if writer.write(sample).and_then(|()| writer.finish()).is_ok() {
+        String::from_utf8_lossy(&bytes).lines().for_each(|line| eprintln!("  newest {line}"));
     }
 }
 

@@ -216,6 +216,7 @@ impl Coordinator {
         progress.topics = self.world.source.topics().iter().map(|topic| topic.to_string()).collect();
         progress.partitions = parts.iter().flat_map(|part| part.partitions.iter().copied()).collect();
         progress.partitions.sort_by_key(|p| (p.topic, p.partition));
+        progress.embedded = self.world.embedded.clone();
         progress.watermark = parts.iter().filter_map(|part| part.watermark).max();
         parts.iter().for_each(|part| progress.accounts.add(&part.accounts));
         (name, parts.iter().flat_map(|part| part.late.iter().copied()).collect())

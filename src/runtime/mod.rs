@@ -18,3 +18,4 @@ pub mod watermark;
 
 pub use coordinator::{Outcome, RunOptions, run};
 pub use report::Metrics;
+pub use start::stored_positions;

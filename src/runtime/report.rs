@@ -75,6 +75,8 @@ pub struct Metrics {
     pub lag: AtomicI64,
     pub watermark: AtomicI64,
     pub epoch: AtomicU64,
+    /// A few of the newest rows of an online sink, for the eye.
+    pub sample: std::sync::Mutex<Option<arrow::array::RecordBatch>>,
     /// CPU-independent freshness: sum and count of (write acknowledged − event time), µs, of online rows.
     pub freshness: crate::runtime::freshness::Histogram,
 }
@@ -82,6 +84,12 @@ pub struct Metrics {
 impl Metrics {
     pub fn shared() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// Keeps a few rows to show.
+    pub fn show(&self, rows: &arrow::array::RecordBatch) {
+        let mut sample = self.sample.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *sample = Some(rows.slice(0, rows.num_rows().min(2)));
     }
 
     pub fn add(counter: &AtomicU64, value: u64) {

@@ -224,6 +224,7 @@ impl OnlineTask {
                 self.newest.acknowledge(&dirty);
                 (self.flushes.failures, self.flushes.retry_at) = (0, None);
                 Metrics::add(&self.metrics.served, dirty.slots.len() as u64);
+                self.metrics.show(&dirty.rows);
                 Ok(())
             }
             Ok(Flushed::Stale) => {

@@ -29,6 +29,8 @@ pub struct World {
     /// Files of older generations that nothing refers to.
     pub orphans: Vec<String>,
     pub source: Arc<dyn SourceConnector>,
+    /// Facts of the connector that the manifest keeps.
+    pub embedded: Option<serde_json::Value>,
     pub positions: Positions,
     /// End of each partition as seen at start.
     pub ends: Positions,
@@ -46,10 +48,10 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
     let located = files::open(state)?;
     files::probe(&located).await?;
     let store = Arc::new(StateStore::new(located.store, object_store::path::Path::default(), Clock));
-    let source = connector(source_plan, name)?;
+    let latest = store.latest().await?;
+    let (source, embedded) = connector(source_plan, name, latest.as_ref())?;
     let partitions = source.partitions().await?;
     let online = online_stores(plan, name).await?;
-    let latest = store.latest().await?;
     #[cfg(feature = "delta")]
     let (mut committers, missing, newest) = tables(plan, name, latest.as_ref(), state).await?;
     #[cfg(not(feature = "delta"))]
@@ -85,6 +87,7 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
         manifest,
         orphans,
         source,
+        embedded,
         positions,
         ends,
         #[cfg(feature = "delta")]
@@ -93,7 +96,8 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
     })
 }
 
-fn connector(source: &SourcePlan, name: &str) -> Result<Arc<dyn SourceConnector>> {
+/// Opens the source; a generator keeps the start of its first run.
+fn connector(source: &SourcePlan, name: &str, latest: Option<&Manifest>) -> Result<Opened> {
     match &source.kind {
         #[cfg(feature = "kafka")]
         SourceKind::Kafka(config) => {
@@ -101,14 +105,31 @@ fn connector(source: &SourcePlan, name: &str) -> Result<Arc<dyn SourceConnector>
             // Kept so that rows which fail later can be dead letters with their bytes, and for the backup's `_key`.
             (config.keep_key, config.keep_payload) = (true, true);
             let group = format!("millstream-{name}-{}", source.name);
-            Ok(Arc::new(crate::connectors::kafka::KafkaSource::new(&source.name, &group, config)?))
+            Ok((Arc::new(crate::connectors::kafka::KafkaSource::new(&source.name, &group, config)?), None))
         }
         SourceKind::Generator(config) => {
-            // One minute back, so that the first rows are final at once (DESIGN §7 *dev*).
-            let start = (Clock.unix_millis() - 60_000) * 1_000;
-            Ok(Arc::new(crate::connectors::generator::GeneratorSource::new(config.clone(), start, Clock)))
+            let kept =
+                latest.and_then(|manifest| manifest.sources.get(&source.name)?.embedded.as_ref()?.as_i64());
+            let start = kept.unwrap_or_else(|| Clock.unix_millis() * 1_000);
+            let generator = crate::connectors::generator::GeneratorSource::new(config.clone(), start, Clock);
+            Ok((Arc::new(generator), Some(start.into())))
         }
     }
+}
+
+/// A source and what the manifest keeps of it.
+type Opened = (Arc<dyn SourceConnector>, Option<serde_json::Value>);
+
+/// Offsets of the newest manifest of a state; empty when there is none.
+///
+/// # Errors
+/// External: the state cannot be read.
+pub async fn stored_positions(plan: &StreamPlan, state: &str) -> Result<Positions> {
+    files::private(state)?;
+    let store = StateStore::new(files::open(state)?.store, object_store::path::Path::default(), Clock);
+    let manifest = store.latest().await?;
+    let progress = plan.source().and_then(|(_, source)| manifest.as_ref()?.sources.get(&source.name));
+    Ok(progress.map(|progress| progress.positions(0)).unwrap_or_default())
 }
 
 async fn online_stores(plan: &StreamPlan, name: &str) -> Result<Vec<(NodeId, Arc<dyn OnlineStore>)>> {

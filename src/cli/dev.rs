@@ -1,0 +1,143 @@
+//! `millstream dev`: everything embedded. An in-process Kafka, the producer pipeline beside the pipeline itself, a
+//! local lake, and a memory store where no Redis answers.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::{Files, load_with, pipeline_name, progress};
+use crate::connectors::kafka::EmbeddedKafka;
+use crate::error::{Error, Result};
+use crate::plan::{NodeKind, SinkKind, SourceKind, StreamPlan};
+use crate::runtime::{Metrics, RunOptions};
+
+const PARTITIONS: i32 = 4;
+
+/// Runs until Ctrl-C, then says what to try next.
+pub async fn run(files: Files) -> Result<()> {
+    let broker = EmbeddedKafka::start(PARTITIONS)?;
+    let name = format!("{}-dev", pipeline_name(&files, None, &[])?);
+    let state = format!("./.millstream/{name}");
+    let brokers = [("KAFKA_BROKERS".to_owned(), broker.bootstrap_servers().to_owned())];
+    let mut plan = crate::plan::sinks::plan(&load_with(&files, &brokers)?, &[]).await?;
+    let memory = prepare(&mut plan, &broker, &state).await?;
+    let producer = producer(&files, &brokers).await?;
+    let metrics = Metrics::shared();
+    let (stop, stopped) = watch::channel(false);
+    let (stop_producer, producer_stopped) = watch::channel(false);
+    let signals = progress::on_signal(stop_producer)?;
+    eprintln!("dev: embedded kafka at {}, state in {state}", broker.bootstrap_servers());
+    if memory {
+        eprintln!("dev: no Redis answers, newest values stay in memory and in the state folder");
+    }
+    let main = crate::runtime::run(plan, options(&name, &state), Arc::clone(&metrics), stopped);
+    let lines = progress::lines(Arc::clone(&metrics), true);
+    // The producer stops first and the pipeline reads on for a moment, as the embedded broker forgets.
+    let feed = async {
+        let fed = match producer {
+            Some((plan, name)) => {
+                let options = options(&name, &format!("./.millstream/{name}"));
+                crate::runtime::run(plan, options, Metrics::shared(), producer_stopped).await.map(|_| ())
+            }
+            None => {
+                let mut stopped = producer_stopped;
+                stopped
+                    .wait_for(|stop| *stop)
+                    .await
+                    .map(|_| ())
+                    .map_err(|_| Error::internal("no signal can come"))
+            }
+        };
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        stop.send_replace(true);
+        fed
+    };
+    let both = async { tokio::try_join!(main, feed) };
+    tokio::select! {
+        done = both => done.map(|_| ())?,
+        never = signals => match never {},
+        never = lines => match never {},
+    }
+    eprintln!("{}", progress::line(&metrics, 0));
+    hints(&files, &state);
+    Ok(())
+}
+
+fn options(name: &str, state: &str) -> RunOptions {
+    RunOptions {
+        name: name.to_owned(),
+        state: state.to_owned(),
+        parallelism: 1,
+        checkpoint: Duration::from_secs(1),
+        until_end: false,
+        close: false,
+    }
+}
+
+/// Creates topics, sets the base of their offsets, and puts memory in the place of a Redis that does not answer.
+async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> Result<bool> {
+    let positions = crate::runtime::stored_positions(plan, state).await?;
+    let mut memory = false;
+    for node in &mut plan.nodes {
+        match &mut node.kind {
+            NodeKind::Source(source) => {
+                if let SourceKind::Kafka(config) = &mut source.kind {
+                    broker.ensure_topic(&config.topic)?;
+                    config.offset_base = positions.clone();
+                }
+            }
+            NodeKind::Sink(sink) => {
+                if let SinkKind::Online { redis, .. } = &mut sink.kind
+                    && let Some(config) = redis
+                    && !answers(&config.url).await
+                {
+                    *redis = None;
+                    memory = true;
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(memory)
+}
+
+async fn answers(url: &str) -> bool {
+    let Ok(url) = url::Url::parse(url) else { return false };
+    let address = (url.host_str().unwrap_or("localhost").to_owned(), url.port().unwrap_or(6379));
+    let connect = tokio::net::TcpStream::connect(address);
+    matches!(tokio::time::timeout(Duration::from_millis(500), connect).await, Ok(Ok(_)))
+}
+
+/// The plan of `F_producer.sql` beside a single `F.sql`.
+async fn producer(files: &Files, brokers: &[(String, String)]) -> Result<Option<(StreamPlan, String)>> {
+    let [file] = &files.files[..] else { return Ok(None) };
+    let Some(stem) = file.file_stem().map(|stem| stem.to_string_lossy().into_owned()) else {
+        return Ok(None);
+    };
+    let path: PathBuf = file.with_file_name(format!("{stem}_producer.sql"));
+    if !Path::new(&path).is_file() {
+        return Ok(None);
+    }
+    let files = Files { files: vec![path], set: files.set.clone() };
+    let plan = crate::plan::sinks::plan(&load_with(&files, brokers)?, &[]).await?;
+    Ok(Some((plan, format!("{stem}_producer-dev"))))
+}
+
+/// The commands to try next, as this program was started.
+fn hints(files: &Files, state: &str) {
+    #[expect(clippy::disallowed_methods, reason = "cargo run sets CARGO; the hint should work as it stands")]
+    let program = match std::env::var_os("CARGO") {
+        Some(_) => "cargo run -q --release --".to_owned(),
+        None => std::env::args().next().unwrap_or_else(|| "millstream".to_owned()),
+    };
+    let shown: Vec<String> = files.files.iter().map(|file| file.display().to_string()).collect();
+    let files = shown.join(" ");
+    eprintln!("\nTry next:");
+    for query in
+        ["SELECT * FROM user_features_training LIMIT 5", "SELECT * FROM user_features_serving LIMIT 5"]
+    {
+        eprintln!("  {program} query {files} --state {state} -c '{query}'");
+    }
+}
