@@ -28,6 +28,8 @@
 
 mod keys;
 mod store;
+#[cfg(test)]
+mod tests;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

@@ -25,6 +25,8 @@ pub mod encode;
 pub mod scan;
 mod script;
 mod store;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::fmt;

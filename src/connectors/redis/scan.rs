@@ -186,7 +186,8 @@ impl Reader {
     }
 }
 
-fn decode(texts: &ArrayRef, to: &DataType) -> Result<ArrayRef, arrow::error::ArrowError> {
+/// The inverse of [`TextColumn::fill`].
+pub(super) fn decode(texts: &ArrayRef, to: &DataType) -> Result<ArrayRef, arrow::error::ArrowError> {
     let strict = CastOptions { safe: false, ..CastOptions::default() };
     match to {
         DataType::Null => Ok(new_null_array(to, texts.len())),

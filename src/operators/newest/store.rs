@@ -70,7 +70,6 @@ impl Chunks {
     }
 
     #[cfg(test)]
-    #[allow(dead_code, reason = "for the tests of the operator")]
     pub(super) fn shape(&self) -> (usize, usize) {
         (self.chunks.len(), self.chunks.iter().map(|chunk| chunk.owners.len()).sum())
     }
