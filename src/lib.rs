@@ -8,9 +8,12 @@
     allow(clippy::disallowed_methods, reason = "tests spawn tasks, sleep and read the environment")
 )]
 
+pub mod batch;
+pub mod cli;
 pub mod connectors;
 pub mod error;
 pub mod operators;
+pub mod plan;
 pub mod runtime;
 pub mod sql;
 pub mod state;

@@ -1,5 +1,9 @@
 //! The one integration binary: layout of the rooms, SQL files, pipelines against real services.
+#![allow(
+    clippy::disallowed_methods,
+    reason = "tests read clocks and the environment, and wait for processes"
+)]
 
-#![allow(clippy::disallowed_methods, reason = "tests read the environment and start processes")]
 mod layout;
+mod pipeline;
 mod slt;

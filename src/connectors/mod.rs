@@ -5,9 +5,15 @@
 //! [`AppendSink`] (at least once: Kafka, console), the Delta writer and committer (exactly once, by epoch), and
 //! [`OnlineStore`] (newest value per key, fenced: Redis, memory).
 
+pub mod blackhole;
+pub mod console;
 #[cfg(feature = "delta")]
 pub mod delta;
 pub mod files;
+pub mod formats;
+pub mod generator;
+#[cfg(feature = "kafka")]
+pub mod kafka;
 pub mod memory;
 #[cfg(feature = "redis")]
 pub mod redis;

@@ -192,6 +192,7 @@ impl Newest {
             self.mark(slot, true, true);
         }
         self.touched = touched;
+        self.touched.clear();
         Ok(nulls)
     }
 
@@ -219,6 +220,7 @@ impl Newest {
                 self.mark(slot, was_dirty, false);
             }
             self.touched = touched;
+            self.touched.clear();
         }
         self.rebuild_queue();
         Ok(())

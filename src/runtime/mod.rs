@@ -1,4 +1,20 @@
-//! Tasks over bounded channels, barriers, coordinator.
+//! Tasks over bounded channels, barriers, coordinator (DESIGN §5).
+//!
+//! Only this room spawns tasks. Per shard: a source thread, a task per OVER, a task per sink; between them bounded
+//! channels. The coordinator cuts the stream into epochs by barriers and publishes a manifest for each.
 
+pub mod chain;
+pub mod coordinator;
+pub mod freshness;
+mod graph;
 pub mod inbox;
+mod keyed;
+mod letters;
+pub mod report;
+mod sinks;
+mod source;
+mod start;
 pub mod watermark;
+
+pub use coordinator::{Outcome, RunOptions, run};
+pub use report::Metrics;

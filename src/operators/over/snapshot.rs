@@ -56,6 +56,12 @@ impl Over {
         Ok(OverSnapshot { rows, keys: Some(keys) })
     }
 
+    /// The next snapshot holds all keys, so that it replaces every earlier segment of keys.
+    pub fn mark_all_dirty(&mut self) {
+        self.keys.iter_mut().for_each(|key| key.dirty = true);
+        self.dirty = (0..self.keys.len() as u32).collect();
+    }
+
     /// Key columns of a segment, for key groups: of rows by the spec, of keys the leading ones.
     pub fn key_columns(&self, batch: &RecordBatch, of_rows: bool) -> Vec<ArrayRef> {
         let pick = |at: usize| Arc::clone(batch.column(at));

@@ -1,0 +1,113 @@
+//! Batch: the same names as tables. So far: ad-hoc queries over sinks, tables and files.
+//!
+//! A sink is queried by its name: a Delta sink is its table, an online sink is read back from its store. Files are
+//! queried by path. Only what a query names is opened.
+
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::datatypes::SchemaRef;
+use datafusion::datasource::MemTable;
+use datafusion::prelude::SessionContext;
+
+use crate::error::{Error, Result};
+use crate::plan::session::batch_session;
+use crate::plan::views::{located, quoted};
+use crate::plan::{SinkKind, SinkPlan, StreamPlan};
+use crate::sql::{Catalog, SourceText, Statement, Variables};
+
+/// The rows of a query and their schema.
+pub struct Answer {
+    pub schema: SchemaRef,
+    pub batches: Vec<RecordBatch>,
+}
+
+/// Runs the statements of `sql` one after the other; the last one's rows are the answer.
+///
+/// # Errors
+/// User: SQL. External: a table cannot be read.
+pub async fn query(
+    catalog: &Catalog,
+    plan: &StreamPlan,
+    sql: &str,
+    variables: &Variables<'_>,
+) -> Result<Answer> {
+    let session = batch_session()?.enable_url_table();
+    let text = SourceText::new("<command line>", sql);
+    let mut answer = None;
+    for statement in crate::sql::parser::parse(&text, variables)? {
+        let Statement::Other(statement, place) = statement else {
+            return Err(Error::user("this statement declares something and is no query")
+                .hint("Put it into a SQL file of the pipeline."));
+        };
+        let state = session.state();
+        let names = state.resolve_table_references(&statement).map_err(|error| located(error, &place))?;
+        for name in names {
+            register(&session, catalog, plan, name.table()).await?;
+        }
+        let state = session.state();
+        let logical = state.statement_to_plan(*statement).await.map_err(|error| located(error, &place))?;
+        let frame = session.execute_logical_plan(logical).await.map_err(|error| located(error, &place))?;
+        let schema = Arc::new(frame.schema().as_arrow().clone());
+        answer = Some(Answer { schema, batches: frame.collect().await? });
+    }
+    answer.ok_or_else(|| Error::user("the query is empty").hint("Give one with -c 'SELECT …'."))
+}
+
+async fn register(session: &SessionContext, catalog: &Catalog, plan: &StreamPlan, name: &str) -> Result<()> {
+    if session.table_exist(quoted(name)).unwrap_or(false) {
+        return Ok(());
+    }
+    if let Some((_, sink)) = plan.sinks().find(|(_, sink)| sink.name == name) {
+        return register_sink(session, sink).await;
+    }
+    if let Some(table) = catalog.table(name) {
+        let mut options = table.options.clone();
+        let connector = options.required("connector")?;
+        let location = options.required("location")?;
+        match connector.as_str() {
+            #[cfg(feature = "delta")]
+            "delta" => {
+                session.register_table(
+                    quoted(name),
+                    crate::connectors::delta::table::provider(&location).await?,
+                )?;
+            }
+            "parquet" => session.register_parquet(quoted(name), location, Default::default()).await?,
+            "csv" => session.register_csv(quoted(name), location, Default::default()).await?,
+            "ndjson" => session.register_json(quoted(name), location, Default::default()).await?,
+            other => {
+                return Err(Error::user(format!("table {name}: connector '{other}' is not known"))
+                    .hint("Tables are read by 'delta', 'parquet', 'csv' and 'ndjson'.")
+                    .at(table.place.clone()));
+            }
+        }
+        return Ok(());
+    }
+    if catalog.source(name).is_some() || catalog.view(name).is_some() {
+        return Err(Error::user(format!("{name} is a stream and cannot be queried yet"))
+            .hint("Query one of the sinks; views over history come with a later version."));
+    }
+    Ok(())
+}
+
+async fn register_sink(session: &SessionContext, sink: &SinkPlan) -> Result<()> {
+    match &sink.kind {
+        #[cfg(feature = "delta")]
+        SinkKind::Delta(config) => {
+            let table = crate::connectors::delta::table::provider(&config.location).await?;
+            session.register_table(quoted(&sink.name), table)?;
+        }
+        #[cfg(feature = "redis")]
+        SinkKind::Online { redis: Some(config), .. } => {
+            let rows = crate::connectors::redis::scan::read_all(config, &sink.schema).await?;
+            let table = MemTable::try_new(Arc::clone(&sink.schema), vec![rows])?;
+            session.register_table(quoted(&sink.name), Arc::new(table))?;
+        }
+        _ => {
+            return Err(Error::user(format!("the sink {} keeps no rows that can be queried", sink.name))
+                .hint("Query a Delta or Redis sink."));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,228 @@
+//! The command line: the only room that prints. Data goes to stdout, everything else to stderr.
+
+mod output;
+mod progress;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::error::{Domain, Error, Result};
+use crate::plan::StreamPlan;
+use crate::runtime::{Metrics, Outcome, RunOptions};
+use crate::sql::options::parse_duration;
+use crate::sql::place::render;
+use crate::sql::{Catalog, Variables, catalog};
+
+/// SQL over Kafka topics and their backups, materialised to Delta and Redis.
+#[derive(Debug, Parser)]
+#[command(name = "millstream", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Files {
+    /// SQL files, or folders of SQL files (*_producer.sql are left out).
+    #[arg(default_value = "./sql")]
+    files: Vec<PathBuf>,
+    /// Sets a ${VARIABLE} of the SQL files, before the environment.
+    #[arg(long = "set", value_name = "NAME=VALUE")]
+    set: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Reads and plans the SQL files; prints nothing when all is well.
+    Check(Files),
+    /// Prints the plan of every sink.
+    Explain(Files),
+    /// Runs the pipeline.
+    Run(RunArgs),
+    /// Runs a query over sinks, tables and files.
+    Query(QueryArgs),
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    #[command(flatten)]
+    files: Files,
+    /// Runs only this sink; may be given again.
+    #[arg(long)]
+    sink: Vec<String>,
+    /// Stops at the end offsets seen at start.
+    #[arg(long)]
+    until_end: bool,
+    /// At the stop no row follows: makes everything final and marks the pipeline closed.
+    #[arg(long)]
+    close: bool,
+    /// Name of the pipeline; default: the folder or file stem.
+    #[arg(long)]
+    name: Option<String>,
+    /// Where manifests and state live: a folder or s3://…; default ./.millstream/<name>.
+    #[arg(long)]
+    state: Option<String>,
+    /// Shards of every stage; default: the cores.
+    #[arg(long)]
+    parallelism: Option<usize>,
+    /// Time between checkpoints.
+    #[arg(long, default_value = "10s", value_parser = duration)]
+    checkpoint: Duration,
+}
+
+#[derive(Debug, Args)]
+struct QueryArgs {
+    #[command(flatten)]
+    files: Files,
+    /// The query.
+    #[arg(short = 'c', long = "command", value_name = "SQL")]
+    sql: String,
+    #[arg(long, value_enum, default_value_t = output::Format::Table)]
+    format: output::Format,
+}
+
+fn duration(text: &str) -> std::result::Result<Duration, String> {
+    let parsed = parse_duration(text).filter(|duration| *duration >= Duration::from_millis(1));
+    parsed.ok_or_else(|| "expected a duration such as 500ms, 10s or '1 minute'".to_owned())
+}
+
+/// Runs the command line; everything that went wrong is on stderr.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Nothing can be done if the terminal is gone.
+            error.print().ok();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    #[expect(clippy::disallowed_methods, reason = "cli prints; logs go to stderr")]
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("MILLSTREAM_LOG").unwrap_or_else(|_| {
+            tracing_subscriber::EnvFilter::new("warn,delta_kernel=error,deltalake_core=error")
+        }))
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    let done = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let done = done.map_err(|e| Error::external("the async runtime cannot be started").because(e));
+    match done.and_then(|runtime| runtime.block_on(dispatch(cli.command))) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprint!("{}", render(&error));
+            ExitCode::from(if error.domain() == Domain::User { 2 } else { 3 })
+        }
+    }
+}
+
+async fn dispatch(command: Command) -> Result<()> {
+    match command {
+        Command::Check(files) => {
+            let catalog = load(&files)?;
+            crate::plan::sinks::check_views(&catalog).await?;
+            crate::plan::sinks::plan(&catalog, &[]).await?;
+            eprintln!(
+                "ok: {} sources, {} views, {} sinks",
+                catalog.sources.len(),
+                catalog.views.len(),
+                catalog.sinks.len()
+            );
+            Ok(())
+        }
+        Command::Explain(files) => {
+            let plan = crate::plan::sinks::plan(&load(&files)?, &[]).await?;
+            output::text(&plan.to_string())
+        }
+        Command::Run(args) => run(args).await,
+        Command::Query(args) => query(args).await,
+    }
+}
+
+fn overrides(set: &[String]) -> Result<BTreeMap<String, String>> {
+    let pair = |text: &String| {
+        let pair = text.split_once('=').map(|(name, value)| (name.to_owned(), value.to_owned()));
+        pair.ok_or_else(|| Error::user(format!("--set {text} lacks a value")).hint("Write --set NAME=VALUE."))
+    };
+    set.iter().map(pair).collect()
+}
+
+#[expect(clippy::disallowed_methods, reason = "the command line reads the environment for the SQL files")]
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn load(files: &Files) -> Result<Catalog> {
+    let variables = Variables { overrides: overrides(&files.set)?, environment: &environment };
+    let paths = catalog::pipeline_files(&files.files)?;
+    let texts = paths.iter().map(|path| catalog::read(path)).collect::<Result<Vec<_>>>()?;
+    Catalog::load(&texts, &variables)
+}
+
+/// The folder's or file's stem; with one sink, `<name>.<sink>`.
+fn pipeline_name(files: &Files, name: Option<&str>, sinks: &[String]) -> Result<String> {
+    let stem =
+        files.files.first().and_then(|path| path.file_stem()).map(|stem| stem.to_string_lossy().into_owned());
+    let name = name.map(str::to_owned).or(stem).unwrap_or_else(|| "pipeline".to_owned());
+    if name.is_empty() || name.contains(['/', '\\']) {
+        return Err(
+            Error::user(format!("'{name}' is no name of a pipeline")).hint("Use letters, digits, - and _.")
+        );
+    }
+    Ok(match sinks {
+        [one] => format!("{name}.{one}"),
+        _ => name,
+    })
+}
+
+async fn run(args: RunArgs) -> Result<()> {
+    let catalog = load(&args.files)?;
+    let plan: StreamPlan = crate::plan::sinks::plan(&catalog, &args.sink).await?;
+    let name = pipeline_name(&args.files, args.name.as_deref(), &args.sink)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let options = RunOptions {
+        state: args.state.unwrap_or_else(|| format!("./.millstream/{name}")),
+        name: name.clone(),
+        parallelism: args.parallelism.unwrap_or(cores).clamp(1, 256),
+        checkpoint: args.checkpoint,
+        until_end: args.until_end,
+        close: args.close,
+    };
+    let metrics = Metrics::shared();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let signals = progress::on_signal(stop)?;
+    let lines = progress::lines(Arc::clone(&metrics));
+    let done = tokio::select! {
+        done = crate::runtime::run(plan, options, Arc::clone(&metrics), stopped) => done,
+        never = signals => match never {},
+        never = lines => match never {},
+    }?;
+    let how = match done {
+        Outcome::Stopped => "stopped",
+        Outcome::Closed => "closed: every row is final",
+        Outcome::AlreadyClosed => "was closed before; its last commits are in place",
+    };
+    eprintln!("{}", progress::line(&metrics, 0));
+    eprintln!("pipeline {name} {how}");
+    Ok(())
+}
+
+async fn query(args: QueryArgs) -> Result<()> {
+    // A query over files alone needs no pipeline.
+    let missing = args.files.files.iter().all(|path| !path.exists());
+    let (catalog, plan) = match missing && args.files.files == [PathBuf::from("./sql")] {
+        true => (Catalog::default(), StreamPlan::default()),
+        false => {
+            let catalog = load(&args.files)?;
+            let plan = crate::plan::sinks::plan(&catalog, &[]).await?;
+            (catalog, plan)
+        }
+    };
+    let variables = Variables { overrides: overrides(&args.files.set)?, environment: &environment };
+    let answer = crate::batch::query(&catalog, &plan, &args.sql, &variables).await?;
+    output::rows(&answer, args.format)
+}

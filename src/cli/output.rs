@@ -1,0 +1,71 @@
+//! Rows on stdout.
+
+use std::io::{ErrorKind, Write};
+
+use clap::ValueEnum;
+
+use crate::batch::Answer;
+use crate::error::{Error, Result};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    Table,
+    Csv,
+    /// One array of objects.
+    Json,
+    /// One object per line.
+    Ndjson,
+    /// An Arrow IPC stream.
+    Arrow,
+}
+
+pub fn rows(answer: &Answer, format: Format) -> Result<()> {
+    let mut bytes = Vec::new();
+    let batches: Vec<_> = answer.batches.iter().collect();
+    match format {
+        Format::Table => {
+            let table = arrow::util::pretty::pretty_format_batches_with_schema(
+                std::sync::Arc::clone(&answer.schema),
+                &answer.batches,
+            )?;
+            bytes.extend_from_slice(format!("{table}\n").as_bytes());
+        }
+        Format::Csv => {
+            let mut writer = arrow::csv::WriterBuilder::new().with_header(true).build(&mut bytes);
+            batches.iter().try_for_each(|batch| writer.write(batch))?;
+        }
+        Format::Json => {
+            let mut writer = arrow::json::ArrayWriter::new(&mut bytes);
+            writer.write_batches(&batches)?;
+            writer.finish()?;
+            bytes.push(b'\n');
+        }
+        Format::Ndjson => {
+            let mut writer = arrow::json::LineDelimitedWriter::new(&mut bytes);
+            writer.write_batches(&batches)?;
+            writer.finish()?;
+        }
+        Format::Arrow => {
+            let mut writer = arrow::ipc::writer::StreamWriter::try_new(&mut bytes, &answer.schema)?;
+            batches.iter().try_for_each(|batch| writer.write(batch))?;
+            writer.finish()?;
+        }
+    }
+    write(&bytes)
+}
+
+pub fn text(text: &str) -> Result<()> {
+    write(text.as_bytes())
+}
+
+/// A reader that has seen enough is no failure.
+#[expect(clippy::disallowed_methods, reason = "cli prints")]
+fn write(bytes: &[u8]) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Error::external("stdout cannot be written").because(error))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,245 @@
+//! librdkafka's batch poll. The only unsafe code of the crate.
+//!
+//! The queues of the assigned partitions are forwarded to one queue of our own, so that queue holds records and
+//! consumer errors only and can be emptied in bulk. Everything else (logs, lost connections, commit replies) stays
+//! on the consumer's queue, which [`BatchConsumer::serve`] empties through the safe wrapper. Mixing the two would
+//! abort the process: the batch poll cannot handle commit replies.
+//!
+//! Per record this costs one pointer: no `Arc`, no clock, no copy. Payloads are borrowed from librdkafka until the
+//! [`Messages`] are dropped.
+#![allow(
+    unsafe_code,
+    reason = "librdkafka's batch poll has no safe wrapper; each block says why it is sound"
+)]
+
+use std::ffi::{CString, c_int, c_void};
+use std::ptr::NonNull;
+use std::time::Duration;
+
+use rdkafka::bindings as rd;
+use rdkafka::client::Client;
+use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::types::{RDKafkaErrorCode, RDKafkaMessage, RDKafkaQueue, RDKafkaRespErr};
+
+use super::{Context, EVENTS_PER_POLL};
+
+/// A queue handle of librdkafka, given back when dropped.
+struct Queue(NonNull<RDKafkaQueue>);
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // SAFETY: the handle came from librdkafka, is given back once, and the client still lives (see the order of
+        // the fields of `BatchConsumer`).
+        unsafe { rd::rd_kafka_queue_destroy(self.0.as_ptr()) }
+    }
+}
+
+/// A consumer of assigned partitions that is polled in bulk.
+pub(super) struct BatchConsumer {
+    // Fields are dropped in this order: librdkafka wants its queues back before its client.
+    queue: Queue,
+    /// Filled by librdkafka; empty between calls.
+    buffer: Vec<*mut RDKafkaMessage>,
+    consumer: BaseConsumer<Context>,
+    topic: CString,
+}
+
+// SAFETY: librdkafka's clients and queues may be used from any thread, and the buffer holds no message between calls.
+unsafe impl Send for BatchConsumer {}
+
+/// One thing that a poll found, in the order of its partition.
+pub(super) enum Event<'a> {
+    Record(Record<'a>),
+    /// The partition was read to its end; `offset` is the next one to come.
+    End {
+        partition: i32,
+        offset: i64,
+    },
+    Error {
+        partition: i32,
+        code: RDKafkaErrorCode,
+        text: String,
+    },
+}
+
+pub(super) struct Record<'a> {
+    pub partition: i32,
+    pub offset: i64,
+    /// ms since the epoch, if the record has a time.
+    pub timestamp: Option<i64>,
+    pub key: Option<&'a [u8]>,
+    pub payload: Option<&'a [u8]>,
+}
+
+/// The messages of one poll; dropping them gives their memory back.
+pub(super) struct Messages<'a> {
+    buffer: &'a mut Vec<*mut RDKafkaMessage>,
+}
+
+impl BatchConsumer {
+    /// Connects lazily; nothing is assigned yet.
+    pub fn new(config: &ClientConfig, context: Context, topic: &str) -> KafkaResult<Self> {
+        let consumer: BaseConsumer<Context> = config.create_with_context(context)?;
+        // SAFETY: the client is alive; a null result is handled.
+        let queue = unsafe { rd::rd_kafka_queue_new(consumer.client().native_ptr()) };
+        let queue = Queue(NonNull::new(queue).ok_or(KafkaError::Canceled)?);
+        Ok(Self { queue, buffer: Vec::new(), consumer, topic: CString::new(topic)? })
+    }
+
+    pub fn client(&self) -> &Client<Context> {
+        self.consumer.client()
+    }
+
+    pub fn context(&self) -> &Context {
+        self.consumer.context()
+    }
+
+    /// Reads exactly these partitions from these offsets on.
+    pub fn assign(&mut self, topic: &str, positions: &[(i32, i64)]) -> KafkaResult<()> {
+        let mut list = TopicPartitionList::new();
+        for (partition, offset) in positions {
+            list.add_partition_offset(topic, *partition, Offset::Offset(*offset))?;
+            // SAFETY: the client and the name live through the call; a null result is handled; the handle is given
+            // back at the end of the block, the forwarding stays with the partition.
+            unsafe {
+                let client = self.consumer.client().native_ptr();
+                let source = rd::rd_kafka_queue_get_partition(client, self.topic.as_ptr(), *partition);
+                let source = Queue(NonNull::new(source).ok_or(KafkaError::Canceled)?);
+                // Before `assign`, which keeps a forwarding that the application made: no record takes the other way.
+                rd::rd_kafka_queue_forward(source.0.as_ptr(), self.queue.0.as_ptr());
+            }
+        }
+        self.consumer.assign(&list)
+    }
+
+    /// Waits at most `wait` for a first message, gathers for at most `gather` more, returns at most `limit`.
+    pub fn receive(&mut self, limit: usize, wait: Duration, gather: Duration) -> Messages<'_> {
+        self.buffer.clear();
+        self.buffer.reserve(limit);
+        self.fill(1, wait);
+        if self.buffer.len() == 1 && limit > 1 {
+            self.fill(limit - 1, gather);
+        }
+        Messages { buffer: &mut self.buffer }
+    }
+
+    fn fill(&mut self, more: usize, timeout: Duration) {
+        let filled = self.buffer.len();
+        let spare = &mut self.buffer.spare_capacity_mut()[..more];
+        // SAFETY: `spare` is `more` writable pointers long, of which librdkafka writes the first `count`; `queue`
+        // lives as long as `self`.
+        let count = unsafe {
+            rd::rd_kafka_consume_batch_queue(
+                self.queue.0.as_ptr(),
+                millis(timeout),
+                spare.as_mut_ptr().cast::<*mut RDKafkaMessage>(),
+                spare.len(),
+            )
+        };
+        // Negative only for an invalid queue, which ours is not.
+        let count = usize::try_from(count).unwrap_or(0).min(more);
+        // SAFETY: exactly `count` elements behind `filled` were written, within the capacity.
+        unsafe { self.buffer.set_len(filled + count) }
+    }
+
+    /// Handles what librdkafka has to say beside records. The context's callbacks run in here.
+    ///
+    /// # Errors
+    /// An error event, after which reading may go on or not, by its code.
+    pub fn serve(&self) -> KafkaResult<()> {
+        for _ in 0..EVENTS_PER_POLL {
+            match self.consumer.poll(Duration::ZERO) {
+                None => {}
+                Some(Err(error)) => return Err(error),
+                // Every record comes by the forwarded queues; one that came here would be lost in silence.
+                Some(Ok(_)) => return Err(KafkaError::Canceled),
+            }
+        }
+        Ok(())
+    }
+
+    /// Newest known (first, next) offset of a partition, without asking the broker; `None` before the first fetch.
+    pub fn known_watermarks(&self, partition: i32) -> Option<(i64, i64)> {
+        let (mut low, mut high) = (-1, -1);
+        // SAFETY: client and name live through the call, which writes two integers.
+        let result = unsafe {
+            rd::rd_kafka_get_watermark_offsets(
+                self.consumer.client().native_ptr(),
+                self.topic.as_ptr(),
+                partition,
+                &raw mut low,
+                &raw mut high,
+            )
+        };
+        (result == RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR && high >= 0).then_some((low, high))
+    }
+
+    pub fn consumer(&self) -> &BaseConsumer<Context> {
+        &self.consumer
+    }
+}
+
+impl Messages<'_> {
+    pub fn len(&self) -> usize {
+        self.buffer.len()
+    }
+
+    pub fn events(&self) -> impl Iterator<Item = Event<'_>> {
+        // SAFETY: librdkafka gave these messages to us; they live until `self` is dropped, and nobody writes them.
+        self.buffer.iter().map(|message| event(unsafe { &**message }))
+    }
+}
+
+impl Drop for Messages<'_> {
+    fn drop(&mut self) {
+        for message in self.buffer.drain(..) {
+            // SAFETY: each message is ours and is destroyed once; no event borrows from it any more.
+            unsafe { rd::rd_kafka_message_destroy(message) }
+        }
+    }
+}
+
+#[inline]
+fn event(message: &RDKafkaMessage) -> Event<'_> {
+    let (partition, offset) = (message.partition, message.offset);
+    // SAFETY: librdkafka keeps payload and key, with these lengths, alive and unchanged with the message.
+    let payload = unsafe { bytes(message, message.payload, message.len) };
+    match message.err {
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR => {
+            // SAFETY: as above.
+            let key = unsafe { bytes(message, message.key, message.key_len) };
+            Event::Record(Record { partition, offset, timestamp: timestamp(message), key, payload })
+        }
+        RDKafkaRespErr::RD_KAFKA_RESP_ERR__PARTITION_EOF => Event::End { partition, offset },
+        error => Event::Error {
+            partition,
+            code: error.into(),
+            text: String::from_utf8_lossy(payload.unwrap_or_default()).into_owned(),
+        },
+    }
+}
+
+#[inline]
+fn timestamp(message: &RDKafkaMessage) -> Option<i64> {
+    let mut kind = rd::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_NOT_AVAILABLE;
+    // SAFETY: reads the message, writes the kind.
+    let time = unsafe { rd::rd_kafka_message_timestamp(message, &raw mut kind) };
+    (kind != rd::rd_kafka_timestamp_type_t::RD_KAFKA_TIMESTAMP_NOT_AVAILABLE && time >= 0).then_some(time)
+}
+
+/// # Safety
+/// `data` is null or points to `length` bytes that live unchanged as long as `_owner`.
+#[inline]
+unsafe fn bytes(_owner: &RDKafkaMessage, data: *mut c_void, length: usize) -> Option<&[u8]> {
+    let data = NonNull::new(data.cast::<u8>())?;
+    // SAFETY: the caller promises it.
+    Some(unsafe { std::slice::from_raw_parts(data.as_ptr(), length) })
+}
+
+/// Rounded up, so that a short wait is not a busy loop.
+fn millis(timeout: Duration) -> c_int {
+    c_int::try_from(timeout.as_micros().div_ceil(1_000)).unwrap_or(c_int::MAX)
+}

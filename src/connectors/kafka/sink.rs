@@ -1,0 +1,230 @@
+//! Rows → Kafka topic: JSON records, idempotent and at least once.
+//!
+//! - The **key** is the text of the key columns joined by `:` (timestamps RFC 3339 UTC, doubles in shortest form).
+//!   If one of them is NULL the record has no key.
+//! - The **record time** is the row's event time; a row without one leaves it to the client.
+//! - The **partition** is Java's default hash of the key; records without a key are spread.
+//! - A batch with weights writes each row once with its `_weight`.
+//!
+//! `write` hands records to librdkafka, which sends them by itself; `flush` waits until the brokers have all of
+//! them. A record that cannot be delivered fails the next `write` or `flush`.
+
+use std::fmt::Write as _;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use arrow::array::{Array, ArrayRef};
+use arrow::util::display::{ArrayFormatter, FormatOptions};
+use async_trait::async_trait;
+use rdkafka::ClientContext;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::config::RDKafkaLogLevel;
+use rdkafka::error::KafkaError;
+use rdkafka::message::DeliveryResult;
+use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
+use rdkafka::types::RDKafkaErrorCode;
+
+use super::config::{KafkaSinkConfig, TopicCreation};
+use super::{Context, REACH_TIMEOUT, base_config, blocking, created, topic_partitions};
+use crate::connectors::AppendSink;
+use crate::connectors::formats::json_encode::JsonEncoder;
+use crate::error::{Error, Result};
+use crate::stream::ChangeBatch;
+
+/// How long one look at a full queue or at pending deliveries may hold up its thread.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// An open sink on an existing topic.
+pub struct KafkaSink {
+    config: KafkaSinkConfig,
+    producer: BaseProducer<Deliveries>,
+    encoder: JsonEncoder,
+    key: String,
+}
+
+/// Remembers the first record that could not be delivered.
+struct Deliveries {
+    context: Context,
+    failed: Mutex<Option<String>>,
+}
+
+impl ClientContext for Deliveries {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        self.context.log(level, facility, message);
+    }
+
+    fn stats_raw(&self, _: &[u8]) {}
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        self.context.error(error, reason);
+    }
+}
+
+impl ProducerContext for Deliveries {
+    type DeliveryOpaque = ();
+
+    fn delivery(&self, result: &DeliveryResult<'_>, (): ()) {
+        match result {
+            Ok(_) => self.context.is_up(),
+            Err((error, _)) => {
+                let reason = error.rdkafka_error_code().map_or(error.to_string(), |code| code.to_string());
+                self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+            }
+        }
+    }
+}
+
+impl KafkaSink {
+    /// Connects and creates the topic if it is missing and the options say so.
+    ///
+    /// # Errors
+    /// External: no broker answers, the topic is missing and must not or cannot be created.
+    pub async fn open(config: KafkaSinkConfig) -> Result<Self> {
+        let context = Deliveries { context: Context::new(&config.settings), failed: Mutex::new(None) };
+        let producer: BaseProducer<Deliveries> =
+            created(&config.settings, config.client().create_with_context(context))?;
+        let sink = Self { config, producer, encoder: JsonEncoder::default(), key: String::new() };
+        if blocking(|| sink.partitions())?.is_none() {
+            match &sink.config.create {
+                Some(creation) => sink.create_topic(creation).await?,
+                None => {
+                    let (topic, servers) = (&sink.config.topic, &sink.config.settings.bootstrap_servers);
+                    return Err(Error::external(format!("there is no topic {topic} at {servers}"))
+                        .hint("Create it, or let the sink do so with create = 'true'."));
+                }
+            }
+        }
+        Ok(sink)
+    }
+
+    fn partitions(&self) -> Result<Option<Vec<i32>>> {
+        let client = self.producer.client();
+        let drain = || self.producer.poll(Duration::ZERO);
+        topic_partitions(client, &client.context().context, &self.config.topic, drain)
+    }
+
+    async fn create_topic(&self, creation: &TopicCreation) -> Result<()> {
+        let (settings, topic) = (&self.config.settings, self.config.topic.as_str());
+        let mut config = base_config(settings);
+        settings.extra.iter().for_each(|(key, value)| {
+            config.set(key, value);
+        });
+        let admin: AdminClient<Context> =
+            created(settings, config.create_with_context(Context::new(settings)))?;
+        let retention = creation.retention.as_millis().to_string();
+        let mut wanted =
+            NewTopic::new(topic, creation.partitions, TopicReplication::Fixed(creation.replication));
+        wanted = wanted.set("retention.ms", &retention);
+        for (key, value) in &creation.extra {
+            wanted = wanted.set(key, value);
+        }
+        let options =
+            AdminOptions::new().request_timeout(Some(REACH_TIMEOUT)).operation_timeout(Some(REACH_TIMEOUT));
+        let refused = |reason: String| {
+            Error::external(format!(
+                "topic {topic} cannot be created at {}: {reason}",
+                settings.bootstrap_servers
+            ))
+            .hint("Check its topic.* options and the rights of the user, or create it by hand.")
+        };
+        let results =
+            admin.create_topics([&wanted], &options).await.map_err(|error| refused(error.to_string()))?;
+        match results.into_iter().next() {
+            Some(Ok(_) | Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => {
+                tracing::info!(
+                    topic,
+                    partitions = creation.partitions,
+                    retention_ms = retention,
+                    "topic created"
+                );
+                Ok(())
+            }
+            Some(Err((_, code))) => Err(refused(code.to_string())),
+            None => Err(refused("the broker said nothing".to_owned())),
+        }
+    }
+}
+
+/// The first delivery that failed since the last look.
+fn check(config: &KafkaSinkConfig, producer: &BaseProducer<Deliveries>) -> Result<()> {
+    let failed = producer.client().context().failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match failed {
+        None => Ok(()),
+        Some(reason) => Err(Error::external(format!(
+            "a record could not be written to topic {} at {}: {reason}",
+            config.topic, config.settings.bootstrap_servers
+        ))),
+    }
+}
+
+#[async_trait]
+impl AppendSink for KafkaSink {
+    async fn write(&mut self, batch: &ChangeBatch) -> Result<()> {
+        let columns = self.config.key_columns(&batch.rows.schema())?;
+        let Self { config, producer, encoder, key } = self;
+        let rows = encoder.encode(&batch.rows, batch.weights.as_ref())?;
+        let options = FormatOptions::default();
+        let parts = columns.iter().map(|column| KeyPart::new(batch.rows.column(*column), &options));
+        let parts = parts.collect::<Result<Vec<_>>>()?;
+        for row in 0..rows.len() {
+            let has_key = write_key(key, &parts, row)?;
+            let time = batch.origin.time.value(row).div_euclid(1_000);
+            let mut record = BaseRecord::<str, [u8]>::to(&config.topic).payload(rows.row(row));
+            record.key = has_key.then_some(key.as_str());
+            record.timestamp = (time > 0).then_some(time);
+            while let Err((error, back)) = producer.send(record) {
+                if error.rdkafka_error_code() != Some(RDKafkaErrorCode::QueueFull) {
+                    return Err(
+                        Error::external(format!("topic {} takes no record", config.topic)).because(error)
+                    );
+                }
+                record = back;
+                blocking(|| producer.poll(PATIENCE));
+            }
+        }
+        producer.poll(Duration::ZERO);
+        check(config, producer)
+    }
+
+    async fn flush(&mut self) -> Result<()> {
+        loop {
+            let flushed = blocking(|| self.producer.flush(PATIENCE));
+            check(&self.config, &self.producer)?;
+            match flushed {
+                Ok(()) => return Ok(()),
+                Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) => tokio::task::yield_now().await,
+                Err(error) => {
+                    return Err(Error::external(format!("topic {} cannot be flushed", self.config.topic))
+                        .because(error));
+                }
+            }
+        }
+    }
+}
+
+/// One key column, ready to be written as text.
+struct KeyPart<'a> {
+    array: &'a dyn Array,
+    text: ArrayFormatter<'a>,
+}
+
+impl<'a> KeyPart<'a> {
+    fn new(array: &'a ArrayRef, options: &FormatOptions<'a>) -> Result<Self> {
+        Ok(Self { array, text: ArrayFormatter::try_new(array, options)? })
+    }
+}
+
+/// Writes the key of a row; false when it has none.
+fn write_key(key: &mut String, parts: &[KeyPart<'_>], row: usize) -> Result<bool> {
+    key.clear();
+    for (i, part) in parts.iter().enumerate() {
+        if part.array.is_null(row) {
+            return Ok(false);
+        }
+        if i > 0 {
+            key.push(':');
+        }
+        write!(key, "{}", part.text.value(row)).map_err(|_| Error::internal("a key value has no text"))?;
+    }
+    Ok(!parts.is_empty())
+}

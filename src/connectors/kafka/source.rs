@@ -1,0 +1,459 @@
+//! Kafka topic → rows.
+//!
+//! A poll decodes records while librdkafka still holds their memory, so a good record is copied once, into its
+//! columns. Positions are next offsets: they rise over rows, tombstones, dead letters and control records alike.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::array::{BinaryBuilder, Int32Array, Int64Array, Int64Builder};
+use arrow::datatypes::SchemaRef;
+use async_trait::async_trait;
+use rdkafka::consumer::{CommitMode, Consumer};
+use rdkafka::error::KafkaError;
+use rdkafka::topic_partition_list::{Offset, TopicPartitionList};
+use rdkafka::types::RDKafkaErrorCode;
+
+use super::batch::{BatchConsumer, Event, Record};
+use super::config::{KafkaSourceConfig, ScanStartup};
+use super::{Context, REACH_TIMEOUT, blocking, created, topic_partitions, unreachable};
+use crate::connectors::formats::json_decode::JsonDecoder;
+use crate::connectors::formats::{OnError, RecordError};
+use crate::connectors::{PartitionInfo, SourceBatch, SourceConnector, SourceReader};
+use crate::error::{Error, Result};
+use crate::stream::{DeadLetter, Place, Positions, Stage};
+
+/// After the first record of a poll, how long to wait for more: a fetch brings many at once.
+const GATHER: Duration = Duration::from_millis(1);
+
+/// No poll returns more rows, whatever the caller asks for: room for their pointers is made beforehand.
+const MAX_ROWS: usize = 65_536;
+
+/// One topic as a source.
+#[derive(Debug, Clone)]
+pub struct KafkaSource {
+    name: Arc<str>,
+    group: Arc<str>,
+    topic: Arc<str>,
+    config: Arc<KafkaSourceConfig>,
+}
+
+impl KafkaSource {
+    /// `name` is the source's name in SQL, for dead letters; `default_group` is `millstream-<pipeline>-<source>`.
+    ///
+    /// # Errors
+    /// A user error when a column's type cannot be decoded.
+    pub fn new(name: &str, default_group: &str, config: KafkaSourceConfig) -> Result<Self> {
+        JsonDecoder::new(Arc::clone(&config.columns))?;
+        let group = config.group_id.as_deref().unwrap_or(default_group).into();
+        Ok(Self { name: name.into(), group, topic: config.topic.as_str().into(), config: Arc::new(config) })
+    }
+
+    fn consumer(&self) -> Result<BatchConsumer> {
+        let settings = &self.config.settings;
+        let client = self.config.client(&self.group);
+        created(settings, BatchConsumer::new(&client, Context::new(settings), &self.topic))
+    }
+
+    fn list_partitions(&self) -> Result<Vec<PartitionInfo>> {
+        let consumer = self.consumer()?;
+        let drain = || {
+            // Only for the reasons that the context notes down.
+            let _ = consumer.serve();
+        };
+        let found = topic_partitions(consumer.client(), consumer.context(), &self.topic, drain)?;
+        let Some(found) = found else { return Err(self.no_topic()) };
+        found
+            .into_iter()
+            .map(|partition| {
+                let (low, high) = self.watermarks(&consumer, partition)?;
+                Ok(PartitionInfo { topic: 0, partition, low, high })
+            })
+            .collect()
+    }
+
+    fn no_topic(&self) -> Error {
+        let servers = &self.config.settings.bootstrap_servers;
+        let topic = &self.topic;
+        Error::external(format!("there is no topic {topic} at {servers}")).hint(format!(
+            "Create it (kafka-topics.sh --bootstrap-server {servers} --create --topic {topic} --partitions 4) \
+             or correct the option topic."
+        ))
+    }
+
+    /// (first held, next to come) offsets as the pipeline counts them.
+    fn watermarks(&self, consumer: &BatchConsumer, partition: i32) -> Result<(i64, i64)> {
+        let base = self.base(partition);
+        consumer
+            .client()
+            .fetch_watermarks(&self.topic, partition, REACH_TIMEOUT)
+            .map(|(low, high)| (low + base, high + base))
+            .map_err(|error| {
+                let _ = consumer.serve();
+                unreachable(consumer.context(), &error)
+                    .context(format!("offsets of topic {}, partition {partition}", self.topic))
+            })
+    }
+
+    fn base(&self, partition: i32) -> i64 {
+        self.config.offset_base.get(Place::new(0, 0, partition)).unwrap_or(0)
+    }
+
+    fn open(&self, assigned: &Positions) -> Result<KafkaReader> {
+        let mut consumer = self.consumer()?;
+        let mut partitions = Vec::new();
+        let mut positions = Vec::new();
+        for (place, next) in assigned.iter() {
+            let id = place.partition();
+            let (low, high) = self.watermarks(&consumer, id)?;
+            if next < low || next > high {
+                return Err(gap(&self.topic, id, next, low, high));
+            }
+            let base = self.base(id);
+            positions.push((id, next - base));
+            partitions.push(Progress { place, id, base, next, high, touched: false, ended: false });
+        }
+        let servers = &self.config.settings.bootstrap_servers;
+        consumer.assign(&self.topic, &positions).map_err(|error| {
+            Error::external(format!("topic {} at {servers} cannot be assigned", self.topic)).because(error)
+        })?;
+        let columns = Collected::new(&self.config)?;
+        let source = self.clone();
+        Ok(KafkaReader { consumer, source, intake: Intake { partitions, last: 0, columns } })
+    }
+}
+
+/// A position that the broker does not hold (any more).
+fn gap(topic: &str, partition: i32, wanted: i64, low: i64, high: i64) -> Error {
+    if wanted > high {
+        return Error::external(format!(
+            "topic {topic}, partition {partition}: the next offset is {wanted}, but the topic ends at {high}"
+        ))
+        .hint("The topic was emptied or created anew. Reset the pipeline to read it from its beginning.");
+    }
+    Error::external(format!(
+        "topic {topic}, partition {partition}: the next offset is {wanted}, but the broker's first is {low}; {} records \
+         are gone",
+        low - wanted
+    ))
+    .hint("Restore them to the topic, or reset the pipeline and rebuild it from its history.")
+}
+
+#[async_trait]
+impl SourceConnector for KafkaSource {
+    fn topics(&self) -> Vec<Arc<str>> {
+        vec![Arc::clone(&self.topic)]
+    }
+
+    fn schema(&self) -> SchemaRef {
+        Arc::clone(&self.config.columns)
+    }
+
+    async fn partitions(&self) -> Result<Vec<PartitionInfo>> {
+        blocking(|| self.list_partitions())
+    }
+
+    async fn start_positions(&self, partitions: &[PartitionInfo]) -> Result<Positions> {
+        let start = |info: &PartitionInfo| match self.config.scan_startup {
+            ScanStartup::Earliest => info.low,
+            ScanStartup::Latest => info.high,
+        };
+        Ok(partitions.iter().map(|info| (Place::new(0, info.topic, info.partition), start(info))).collect())
+    }
+
+    async fn reader(&self, assigned: Positions) -> Result<Box<dyn SourceReader>> {
+        Ok(Box::new(blocking(|| self.open(&assigned))?))
+    }
+}
+
+/// How far one partition was read, in the pipeline's offsets.
+struct Progress {
+    place: Place,
+    id: i32,
+    base: i64,
+    next: i64,
+    /// End of the partition when it was opened.
+    high: i64,
+    touched: bool,
+    ended: bool,
+}
+
+struct KafkaReader {
+    consumer: BatchConsumer,
+    source: KafkaSource,
+    intake: Intake,
+}
+
+/// Turns the events of a poll into a batch.
+struct Intake {
+    partitions: Vec<Progress>,
+    /// The partition of the last event: fetches come in runs of one partition.
+    last: usize,
+    columns: Collected,
+}
+
+/// What a poll has collected so far.
+struct Collected {
+    decoder: JsonDecoder,
+    partition: Vec<i32>,
+    offset: Vec<i64>,
+    timestamp: Int64Builder,
+    key: Option<BinaryBuilder>,
+    payload: Option<BinaryBuilder>,
+    dead: Vec<DeadLetter>,
+    tombstones: u64,
+    skipped: u64,
+    missing_offsets: u64,
+}
+
+/// A partition that cannot be read on as it is.
+struct Trouble {
+    partition: i32,
+    code: RDKafkaErrorCode,
+    text: String,
+}
+
+impl KafkaReader {
+    /// Rides out what passes by itself; the rest stops the pipeline.
+    fn weigh(&self, trouble: Trouble) -> Result<()> {
+        let Trouble { partition, code, text } = trouble;
+        let topic = &self.source.topic;
+        match code {
+            RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
+                let next = self.intake.partitions.iter().find(|p| p.id == partition).map_or(0, |p| p.next);
+                let (low, high) = self.source.watermarks(&self.consumer, partition)?;
+                Err(gap(topic, partition, next, low, high))
+            }
+            RDKafkaErrorCode::UnknownTopicOrPartition
+            | RDKafkaErrorCode::UnknownTopic
+            | RDKafkaErrorCode::UnknownPartition => Err(Error::external(format!(
+                "topic {topic}, partition {partition}: it is gone from the broker"
+            ))
+            .hint("Create the topic again and reset the pipeline.")),
+            RDKafkaErrorCode::TopicAuthorizationFailed
+            | RDKafkaErrorCode::ClusterAuthorizationFailed
+            | RDKafkaErrorCode::Authentication
+            | RDKafkaErrorCode::SaslAuthenticationFailed
+            | RDKafkaErrorCode::Fatal => {
+                Err(Error::external(format!("topic {topic} cannot be read any more: {text}")).because(code))
+            }
+            _ => {
+                tracing::debug!(target: "librdkafka", %topic, partition, %code, "{text}");
+                Ok(())
+            }
+        }
+    }
+
+    /// Logs, lost connections and commit replies.
+    fn serve(&self) -> Result<()> {
+        match self.consumer.serve() {
+            Ok(()) => Ok(()),
+            Err(KafkaError::Canceled) => {
+                Err(Error::internal("a record came by a queue that holds none").context(&*self.source.topic))
+            }
+            Err(error) => {
+                let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
+                let fatal = matches!(error, KafkaError::MessageConsumptionFatal(_));
+                let code = if fatal { RDKafkaErrorCode::Fatal } else { code };
+                // Events of the client as a whole belong to no partition.
+                self.weigh(Trouble { partition: -1, code, text: self.consumer.context().reason() })
+            }
+        }
+    }
+}
+
+impl SourceReader for KafkaReader {
+    fn poll(&mut self, max_rows: usize, linger: Duration) -> Result<Option<SourceBatch>> {
+        self.serve()?;
+        let limit = max_rows.min(self.source.config.max_batch_rows.unwrap_or(MAX_ROWS)).clamp(1, MAX_ROWS);
+        let messages = self.consumer.receive(limit, linger, GATHER.min(linger));
+        if messages.len() == 0 {
+            return Ok(None);
+        }
+        let mut troubles = Vec::new();
+        for event in messages.events() {
+            match event {
+                Event::Record(record) => self.intake.record(&record, &self.source)?,
+                Event::End { partition, offset } => self.intake.end(partition, offset),
+                Event::Error { partition, code, text } => {
+                    troubles.push(Trouble { partition, code, text });
+                }
+            }
+        }
+        drop(messages);
+        if troubles.is_empty() {
+            self.consumer.context().is_up();
+        }
+        for trouble in troubles {
+            self.weigh(trouble)?;
+        }
+        self.intake.finish()
+    }
+
+    fn acknowledge(&mut self, positions: &Positions) {
+        let mut list = TopicPartitionList::new();
+        for progress in &self.intake.partitions {
+            if let Some(next) = positions.get(progress.place) {
+                let offset = Offset::Offset((next - progress.base).max(0));
+                // Fails for impossible offsets only, and group offsets are for display.
+                let _ = list.add_partition_offset(&self.source.topic, progress.id, offset);
+            }
+        }
+        if list.count() > 0
+            && let Err(error) = self.consumer.consumer().commit(&list, CommitMode::Async)
+        {
+            tracing::debug!(topic = %self.source.topic, %error, "group offsets were not committed");
+        }
+    }
+
+    fn lag(&self) -> i64 {
+        let behind = |progress: &Progress| {
+            let known = self.consumer.known_watermarks(progress.id).map(|(_, high)| high + progress.base);
+            (known.unwrap_or(progress.high) - progress.next).max(0)
+        };
+        self.intake.partitions.iter().map(behind).sum()
+    }
+}
+
+impl Intake {
+    fn progress(&mut self, id: i32) -> Option<&mut Progress> {
+        if self.partitions.get(self.last).is_none_or(|progress| progress.id != id) {
+            self.last = self.partitions.iter().position(|progress| progress.id == id)?;
+        }
+        self.partitions.get_mut(self.last)
+    }
+
+    /// Moves a partition to `next`, of which the last `consumed` offsets were seen; returns how many were not.
+    fn advance(&mut self, id: i32, broker_next: i64, consumed: i64) -> Option<i64> {
+        let progress = self.progress(id)?;
+        let next = broker_next + progress.base;
+        let missing = (next - consumed - progress.next).max(0);
+        progress.next = progress.next.max(next);
+        progress.touched = true;
+        progress.ended = false;
+        self.columns.missing_offsets += missing.unsigned_abs();
+        Some(next - consumed)
+    }
+
+    fn end(&mut self, id: i32, broker_next: i64) {
+        self.advance(id, broker_next, 0);
+        if let Some(progress) = self.progress(id) {
+            progress.ended = true;
+        }
+    }
+
+    #[inline]
+    fn record(&mut self, record: &Record<'_>, source: &KafkaSource) -> Result<()> {
+        // What is still queued of a partition that is not ours (any more) is not ours to read.
+        let Some(offset) = self.advance(record.partition, record.offset + 1, 1) else { return Ok(()) };
+        let columns = &mut self.columns;
+        let payload = match record.payload {
+            Some(payload) if !payload.is_empty() => payload,
+            _ => {
+                columns.tombstones += 1;
+                return Ok(());
+            }
+        };
+        if let Err(fault) = columns.decoder.push(payload) {
+            return columns.refuse(record, offset, fault, source);
+        }
+        columns.partition.push(record.partition);
+        columns.offset.push(offset);
+        columns.timestamp.append_option(record.timestamp);
+        if let Some(keys) = &mut columns.key {
+            keys.append_option(record.key);
+        }
+        if let Some(payloads) = &mut columns.payload {
+            payloads.append_value(payload);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<Option<SourceBatch>> {
+        let mut reached = Positions::default();
+        let mut at_end = Vec::new();
+        for progress in self.partitions.iter_mut().filter(|progress| progress.touched) {
+            reached.raise(progress.place, progress.next);
+            if progress.ended {
+                at_end.push(progress.place);
+            }
+            (progress.touched, progress.ended) = (false, false);
+        }
+        if reached.is_empty() {
+            return Ok(None);
+        }
+        self.columns.finish(reached, at_end).map(Some)
+    }
+}
+
+impl Collected {
+    fn new(config: &KafkaSourceConfig) -> Result<Self> {
+        Ok(Self {
+            decoder: JsonDecoder::new(Arc::clone(&config.columns))?,
+            partition: Vec::new(),
+            offset: Vec::new(),
+            timestamp: Int64Builder::new(),
+            key: config.keep_key.then(BinaryBuilder::new),
+            payload: config.keep_payload.then(BinaryBuilder::new),
+            dead: Vec::new(),
+            tombstones: 0,
+            skipped: 0,
+            missing_offsets: 0,
+        })
+    }
+
+    #[cold]
+    fn refuse(
+        &mut self,
+        record: &Record<'_>,
+        offset: i64,
+        fault: RecordError,
+        source: &KafkaSource,
+    ) -> Result<()> {
+        let topic = &source.topic;
+        match source.config.on_error {
+            OnError::Skip => self.skipped += 1,
+            OnError::Fail => {
+                let message = format!(
+                    "topic {topic}, partition {}, offset {offset}: the record is no row ({}): {}",
+                    record.partition, fault.kind, fault.message
+                );
+                return Err(Error::external(message).hint(
+                    "With on_error = 'dead_letter' such records are kept aside and the pipeline goes on.",
+                ));
+            }
+            OnError::DeadLetter => self.dead.push(DeadLetter {
+                stage: Stage::Decode,
+                at: Arc::clone(&source.name),
+                topic: Arc::clone(topic),
+                partition: record.partition,
+                offset,
+                timestamp_ms: record.timestamp,
+                key: record.key.map(<[u8]>::to_vec),
+                payload: record.payload.map(<[u8]>::to_vec),
+                error: fault.message,
+                kind: fault.kind,
+            }),
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, reached: Positions, at_end: Vec<Place>) -> Result<SourceBatch> {
+        let rows = self.decoder.finish()?;
+        let room = rows.num_rows();
+        Ok(SourceBatch {
+            rows,
+            partition: Int32Array::from(std::mem::replace(&mut self.partition, Vec::with_capacity(room))),
+            offset: Int64Array::from(std::mem::replace(&mut self.offset, Vec::with_capacity(room))),
+            timestamp: self.timestamp.finish(),
+            key: self.key.as_mut().map(BinaryBuilder::finish),
+            payload: self.payload.as_mut().map(BinaryBuilder::finish),
+            dead: std::mem::take(&mut self.dead),
+            tombstones: std::mem::take(&mut self.tombstones),
+            skipped: std::mem::take(&mut self.skipped),
+            reached,
+            at_end,
+            missing_offsets: std::mem::take(&mut self.missing_offsets),
+        })
+    }
+}

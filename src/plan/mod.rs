@@ -1,0 +1,181 @@
+//! Statements → [`StreamPlan`]: what runs, in which order, and how rows are keyed.
+//!
+//! A plan is a DAG of nodes. An edge names the [`Port`] of its origin and, where the rows must meet by key, the
+//! columns of the hash exchange. Chains of nodes between exchanges form a *stage*; a stage runs in one task per
+//! shard. The source's stage is cut by partitions, a keyed stage by key groups.
+//!
+//! `Display` of a plan is what `EXPLAIN` and `millstream explain` print.
+
+pub mod lower;
+pub mod session;
+pub mod sinks;
+pub mod source;
+pub mod views;
+
+use std::fmt;
+use std::sync::Arc;
+
+use arrow::datatypes::SchemaRef;
+use datafusion::physical_plan::PhysicalExpr;
+
+use crate::operators::over::OverSpec;
+use crate::stream::Port;
+
+pub use sinks::{SinkKind, SinkPlan};
+pub use source::{SourceKind, SourcePlan};
+
+/// Index of a node in its plan. Inputs come before the nodes that read them.
+pub type NodeId = usize;
+
+#[derive(Debug, Clone)]
+pub struct Edge {
+    pub from: NodeId,
+    pub port: Port,
+    /// Key columns of the hash exchange on this edge; `None` when the rows stay in their task.
+    pub exchange: Option<Vec<usize>>,
+}
+
+#[derive(Debug)]
+pub struct Node {
+    /// Stable across restarts as long as the SQL is: names state files and manifest entries.
+    pub id: String,
+    pub kind: NodeKind,
+    /// At most one edge so far; sources have none.
+    pub input: Option<Edge>,
+    /// Schema of the rows that leave the node (of the rows that enter it, for a sink).
+    pub schema: SchemaRef,
+}
+
+#[derive(Debug)]
+pub enum NodeKind {
+    Source(SourcePlan),
+    Filter { predicate: Arc<dyn PhysicalExpr>, view: Arc<str> },
+    Project { exprs: Vec<Arc<dyn PhysicalExpr>>, view: Arc<str> },
+    Over(OverSpec),
+    Sink(SinkPlan),
+}
+
+/// What a set of sinks needs to run.
+#[derive(Debug, Default)]
+pub struct StreamPlan {
+    pub nodes: Vec<Node>,
+}
+
+impl StreamPlan {
+    /// The only source of the plan (one per pipeline so far; `lower` refuses more).
+    pub fn source(&self) -> Option<(NodeId, &SourcePlan)> {
+        self.nodes.iter().enumerate().find_map(|(id, node)| match &node.kind {
+            NodeKind::Source(source) => Some((id, source)),
+            _ => None,
+        })
+    }
+
+    pub fn sinks(&self) -> impl Iterator<Item = (NodeId, &SinkPlan)> {
+        self.nodes.iter().enumerate().filter_map(|(id, node)| match &node.kind {
+            NodeKind::Sink(sink) => Some((id, sink)),
+            _ => None,
+        })
+    }
+
+    /// Nodes that read from `id`, with their edges.
+    pub fn readers(&self, id: NodeId) -> impl Iterator<Item = (NodeId, &Edge)> {
+        self.nodes.iter().enumerate().filter_map(move |(reader, node)| {
+            node.input.as_ref().filter(|edge| edge.from == id).map(|e| (reader, e))
+        })
+    }
+
+    /// What a node means, as text: equal texts keep their state across restarts (DESIGN §6 *changed SQL*).
+    pub fn fingerprint(&self, id: NodeId) -> String {
+        let mut text = self.describe(id);
+        let mut at = self.nodes[id].input.as_ref();
+        while let Some(edge) = at {
+            text.push_str(&format!(" <- [{}] {}", edge.port, self.describe(edge.from)));
+            at = self.nodes[edge.from].input.as_ref();
+        }
+        text
+    }
+
+    fn describe(&self, id: NodeId) -> String {
+        let node = &self.nodes[id];
+        let columns = || node.schema.fields().iter().map(|f| f.name().as_str()).collect::<Vec<_>>();
+        match &node.kind {
+            NodeKind::Source(source) => format!("Source {}: {source}", source.name),
+            NodeKind::Filter { predicate, .. } => format!("Filter: {predicate}"),
+            NodeKind::Project { exprs, .. } => {
+                let pairs: Vec<String> = exprs
+                    .iter()
+                    .zip(columns())
+                    .map(|(expr, name)| match expr.to_string() {
+                        text if text.split('@').next() == Some(name) => name.to_owned(),
+                        text => format!("{text} AS {name}"),
+                    })
+                    .collect();
+                format!("Project: {}", pairs.join(", "))
+            }
+            NodeKind::Over(spec) => format!("Over: {}", describe_over(spec)),
+            NodeKind::Sink(sink) => format!("Sink {}: {sink}", sink.name),
+        }
+    }
+}
+
+fn describe_over(spec: &OverSpec) -> String {
+    use crate::operators::over::Frame;
+    let name = |column: usize| spec.input.field(column).name().as_str();
+    let keys: Vec<&str> = spec.partition_by.iter().map(|column| name(*column)).collect();
+    let calls: Vec<String> = spec
+        .calls
+        .iter()
+        .map(|call| {
+            let argument = call.argument.map_or("*", name);
+            let filter = call.filter.map(|column| format!(" filter {}", name(column))).unwrap_or_default();
+            let frame = match call.frame {
+                Frame::Unbounded => "unbounded".to_owned(),
+                Frame::Preceding { micros } => {
+                    format!("{} preceding", crate::sql::interval::display_micros(micros))
+                }
+            };
+            format!("{:?}({argument}){filter} {frame}", call.function).to_lowercase()
+        })
+        .collect();
+    format!("by {} [{}]", keys.join(", "), calls.join("; "))
+}
+
+/// The tree of every sink, inputs indented below; a node that several read is printed once and referred to by id.
+impl fmt::Display for StreamPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut seen = vec![false; self.nodes.len()];
+        for (id, _) in self.sinks() {
+            self.fmt_node(f, id, 0, &mut seen)?;
+        }
+        Ok(())
+    }
+}
+
+impl StreamPlan {
+    fn fmt_node(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        id: NodeId,
+        depth: usize,
+        seen: &mut [bool],
+    ) -> fmt::Result {
+        let indent = "  ".repeat(depth);
+        let again = std::mem::replace(&mut seen[id], true) && self.readers(id).count() > 1;
+        if again {
+            return writeln!(f, "{indent}#{id} (see above)");
+        }
+        let shared = if self.readers(id).count() > 1 { format!("#{id} ") } else { String::new() };
+        writeln!(f, "{indent}{shared}{}", self.describe(id))?;
+        let Some(edge) = &self.nodes[id].input else { return Ok(()) };
+        let exchange = match &edge.exchange {
+            Some(keys) => {
+                let schema = &self.nodes[edge.from].schema;
+                let names: Vec<&str> = keys.iter().map(|key| schema.field(*key).name().as_str()).collect();
+                format!(", exchange by {}", names.join(", "))
+            }
+            None => String::new(),
+        };
+        writeln!(f, "{indent}  [{} rows{exchange}]", edge.port)?;
+        self.fmt_node(f, edge.from, depth + 1, seen)
+    }
+}

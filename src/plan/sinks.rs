@@ -1,0 +1,348 @@
+//! `CREATE SINK` → nodes: which emission, which connector, and what a sink refuses.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use arrow::datatypes::SchemaRef;
+use datafusion::logical_expr::LogicalPlan;
+use datafusion::prelude::SessionContext;
+
+#[cfg(feature = "delta")]
+use crate::connectors::delta::DeltaConfig;
+#[cfg(feature = "kafka")]
+use crate::connectors::kafka::KafkaSinkConfig;
+#[cfg(feature = "redis")]
+use crate::connectors::redis::RedisConfig;
+use crate::error::{Error, Result};
+use crate::plan::lower::{Emission, Lowered, Lowering};
+use crate::plan::session::stream_session;
+use crate::plan::views::ViewPlanner;
+use crate::plan::{Edge, NodeKind, SourcePlan, StreamPlan};
+use crate::sql::options::Options;
+use crate::sql::{Catalog, CreateSink, SinkInput, interval};
+
+#[derive(Debug, Clone)]
+pub enum SinkKind {
+    #[cfg(feature = "delta")]
+    Delta(DeltaConfig),
+    #[cfg(feature = "kafka")]
+    Kafka(KafkaSinkConfig),
+    /// Newest row per key. `redis: None` is the memory store.
+    Online {
+        #[cfg(feature = "redis")]
+        redis: Option<RedisConfig>,
+        ttl_micros: Option<i64>,
+    },
+    Console,
+    Blackhole,
+}
+
+#[derive(Debug, Clone)]
+pub struct SinkPlan {
+    pub name: String,
+    pub kind: SinkKind,
+    pub emission: Emission,
+    /// Schema of the rows that arrive.
+    pub schema: SchemaRef,
+    /// Key columns of an online sink or of Kafka records; empty for the others.
+    pub key: Vec<usize>,
+    /// Whether the rows close by time (an OVER stands above the source).
+    pub closes: bool,
+}
+
+/// Plans the sinks of a catalog (all, or those named), and everything below them.
+///
+/// # Errors
+/// The first user error found, with its place.
+pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
+    let session = stream_session()?;
+    let mut sources = BTreeMap::new();
+    for source in &catalog.sources {
+        sources.insert(source.name.clone(), Arc::new(SourcePlan::new(&session, source)?));
+    }
+    if let Some(unknown) = only.iter().find(|name| catalog.sink(name).is_none()) {
+        let known: Vec<String> = catalog.sinks.iter().map(|sink| sink.name.clone()).collect();
+        let hint = match crate::sql::options::nearest(unknown, &known) {
+            Some(near) => format!("Did you mean {near}?"),
+            None => format!("The sinks are {}.", known.join(", ")),
+        };
+        return Err(Error::user(format!("there is no sink {unknown}")).hint(hint));
+    }
+    check_history(catalog, &sources)?;
+    let mut views = ViewPlanner::new(&session, catalog, &sources);
+    let mut lowering = Lowering::new(&session);
+    let mut source: Option<String> = None;
+    for sink in catalog.sinks.iter().filter(|sink| only.is_empty() || only.contains(&sink.name)) {
+        let plan = sink_input(&mut views, sink).await?;
+        for name in scanned(&plan) {
+            match &source {
+                Some(known) if *known != name => {
+                    let message = format!("the sinks of one pipeline read two sources, {known} and {name}");
+                    let hint = "Run one pipeline per source with --sink for now.";
+                    return Err(Error::user(message).hint(hint).at(sink.place.clone()));
+                }
+                Some(_) => {}
+                None => {
+                    if let Some(plan) = sources.get(&name) {
+                        lowering.add_source(plan.as_ref().clone());
+                        source = Some(name);
+                    }
+                }
+            }
+        }
+        add_sink(&mut lowering, &session, sink, &plan, &sources)?;
+    }
+    Ok(lowering.plan)
+}
+
+/// Checks views that no sink reads, so that `check` finds their faults too.
+///
+/// # Errors
+/// The first user error found, with its place.
+pub async fn check_views(catalog: &Catalog) -> Result<()> {
+    let session = stream_session()?;
+    let mut sources = BTreeMap::new();
+    for source in &catalog.sources {
+        sources.insert(source.name.clone(), Arc::new(SourcePlan::new(&session, source)?));
+    }
+    let mut views = ViewPlanner::new(&session, catalog, &sources);
+    for view in &catalog.views {
+        let plan = views.relation(&view.name, &view.place).await?;
+        let mut lowering = Lowering::new(&session);
+        for name in scanned(&plan) {
+            if let Some(source) = sources.get(&name) {
+                lowering.add_source(source.as_ref().clone());
+            }
+        }
+        lowering.lower(&plan, Emission::Final, &view.name, &view.place)?;
+    }
+    Ok(())
+}
+
+fn check_history(catalog: &Catalog, sources: &BTreeMap<String, Arc<SourcePlan>>) -> Result<()> {
+    for source in &catalog.sources {
+        let Some(history) = sources.get(&source.name).and_then(|plan| plan.history.clone()) else { continue };
+        if catalog.sink(&history).is_none() && catalog.table(&history).is_none() {
+            let message = format!("source {}: history = '{history}' names no sink or table", source.name);
+            let hint =
+                format!("Add CREATE SINK {history} FROM {} WITH (connector = 'delta', …).", source.name);
+            return Err(Error::user(message).hint(hint).at(source.place.clone()));
+        }
+    }
+    Ok(())
+}
+
+async fn sink_input(views: &mut ViewPlanner<'_>, sink: &CreateSink) -> Result<LogicalPlan> {
+    match &sink.input {
+        SinkInput::Relation { name, place } => views.relation(name, place).await,
+        SinkInput::Query(query) => views.query(query, &sink.place).await,
+    }
+}
+
+/// Names of the tables that a plan scans.
+fn scanned(plan: &LogicalPlan) -> Vec<String> {
+    let mut names = Vec::new();
+    if let LogicalPlan::TableScan(scan) = plan {
+        names.push(scan.table_name.table().to_owned());
+    }
+    plan.inputs().into_iter().for_each(|input| names.extend(scanned(input)));
+    names
+}
+
+fn add_sink(
+    lowering: &mut Lowering<'_>,
+    session: &SessionContext,
+    sink: &CreateSink,
+    plan: &LogicalPlan,
+    sources: &BTreeMap<String, Arc<SourcePlan>>,
+) -> Result<()> {
+    let placed = |error: Error| error.at(sink.place.clone());
+    let mut options = sink.options.clone();
+    let connector = options.required("connector").map_err(placed)?;
+    let default = match connector.as_str() {
+        "redis" | "memory" => Emission::Latest,
+        _ => Emission::Final,
+    };
+    let emission =
+        match options.choice("emission", &["final", "latest", "changes", "arrival"]).map_err(placed)? {
+            None => default,
+            Some(0) => Emission::Final,
+            Some(1) => Emission::Latest,
+            Some(_) => {
+                let message =
+                    format!("sink {}: the emissions 'changes' and 'arrival' cannot run yet", sink.name);
+                return Err(placed(Error::user(message).hint("Use 'final' or 'latest'.")));
+            }
+        };
+    if default == Emission::Latest && emission == Emission::Final {
+        let message = format!("sink {}: an online store takes the emission 'latest'", sink.name);
+        return Err(placed(Error::user(message).hint("Leave the option emission out.")));
+    }
+    let relation = source_of(sink, sources);
+    let metadata =
+        connector == "delta" && options.choice("metadata", &["all", "none"]).map_err(placed)? != Some(1);
+    let lowered = lowering.lower(plan, emission, view_name(sink), &sink.place)?;
+    let lowered = match relation {
+        Some(source) if source.has_metadata() && !metadata => visible_only(lowering, &lowered, source)?,
+        _ => lowered,
+    };
+    let lowered = lowering.storable(&lowered, &sink.name)?;
+    let schema = Arc::clone(&lowering.plan.nodes[lowered.node].schema);
+    let (kind, key) = connector_of(&connector, sink, &mut options, &schema)?;
+    options.finish().map_err(placed)?;
+    let _ = session;
+    let key = key_columns(sink, &schema, &key)?;
+    let online = matches!(kind, SinkKind::Online { .. });
+    let exchange =
+        if online || emission == Emission::Latest { online_exchange(sink, &lowered, &key)? } else { None };
+    let closes = lowered.keys.is_some();
+    let edge = Edge { from: lowered.node, port: lowered.port, exchange };
+    let sink_plan =
+        SinkPlan { name: sink.name.clone(), kind, emission, schema: Arc::clone(&schema), key, closes };
+    lowering.add(sink.name.clone(), NodeKind::Sink(sink_plan), Some(edge), schema);
+    Ok(())
+}
+
+fn view_name(sink: &CreateSink) -> &str {
+    match &sink.input {
+        SinkInput::Relation { name, .. } => name,
+        SinkInput::Query(_) => &sink.name,
+    }
+}
+
+/// The source, if the sink stores it directly (a backup).
+fn source_of<'s>(
+    sink: &CreateSink,
+    sources: &'s BTreeMap<String, Arc<SourcePlan>>,
+) -> Option<&'s SourcePlan> {
+    match &sink.input {
+        SinkInput::Relation { name, .. } => sources.get(name).map(AsRef::as_ref),
+        SinkInput::Query(_) => None,
+    }
+}
+
+fn visible_only(lowering: &mut Lowering<'_>, lowered: &Lowered, source: &SourcePlan) -> Result<Lowered> {
+    let columns: Vec<usize> = (0..source.visible).collect();
+    lowering.select(lowered, &columns, &source.name)
+}
+
+fn connector_of(
+    connector: &str,
+    sink: &CreateSink,
+    options: &mut Options,
+    schema: &SchemaRef,
+) -> Result<(SinkKind, Vec<String>)> {
+    let placed = |error: Error| error.at(sink.place.clone());
+    let list = |text: Option<String>| -> Vec<String> {
+        text.map(|t| t.split(',').map(|k| k.trim().to_owned()).collect()).unwrap_or_default()
+    };
+    match connector {
+        #[cfg(feature = "delta")]
+        "delta" => {
+            let config = DeltaConfig::from_options(options).map_err(placed)?;
+            config.table_schema(schema).map_err(placed)?;
+            Ok((SinkKind::Delta(config), Vec::new()))
+        }
+        #[cfg(feature = "redis")]
+        "redis" => {
+            let config = RedisConfig::from_options(options).map_err(placed)?;
+            let (key, ttl_micros) = (config.key.clone(), config.ttl_micros());
+            Ok((SinkKind::Online { redis: Some(config), ttl_micros }, key))
+        }
+        "memory" => {
+            let key = list(Some(options.required("key").map_err(placed)?));
+            let ttl = options.duration("ttl").map_err(placed)?;
+            let ttl_micros = ttl.and_then(|ttl| i64::try_from(ttl.as_micros()).ok());
+            let kind = SinkKind::Online {
+                #[cfg(feature = "redis")]
+                redis: None,
+                ttl_micros,
+            };
+            Ok((kind, key))
+        }
+        #[cfg(feature = "kafka")]
+        "kafka" => {
+            let config = KafkaSinkConfig::from_options(options).map_err(placed)?;
+            let key = config.key.clone();
+            Ok((SinkKind::Kafka(config), key))
+        }
+        "console" => Ok((SinkKind::Console, Vec::new())),
+        "blackhole" => Ok((SinkKind::Blackhole, Vec::new())),
+        other => Err(placed(
+            Error::user(format!("sink {}: connector '{other}' is not known", sink.name))
+                .hint("Sinks are written by 'delta', 'redis', 'kafka', 'memory', 'console' and 'blackhole'."),
+        )),
+    }
+}
+
+fn key_columns(sink: &CreateSink, schema: &SchemaRef, key: &[String]) -> Result<Vec<usize>> {
+    key.iter()
+        .map(|name| {
+            schema.index_of(name).map_err(|_| {
+                let known: Vec<String> = schema.fields().iter().map(|field| field.name().clone()).collect();
+                let hint = match crate::sql::options::nearest(name, &known) {
+                    Some(near) => format!("Did you mean {near}?"),
+                    None => format!("Its columns are {}.", known.join(", ")),
+                };
+                let place = sink.options.place("key").unwrap_or_else(|| sink.place.clone());
+                Error::user(format!("sink {}: key = '{name}' is no column of its rows", sink.name))
+                    .hint(hint)
+                    .at(place)
+            })
+        })
+        .collect()
+}
+
+/// An online sink sees all rows of a key in one shard: by its own exchange below a stateless view; above OVER its
+/// key must be the window's, as otherwise the newest row of a sink key is not the newest row of a window key.
+fn online_exchange(sink: &CreateSink, lowered: &Lowered, key: &[usize]) -> Result<Option<Vec<usize>>> {
+    let placed = |error: Error| error.at(sink.options.place("key").unwrap_or_else(|| sink.place.clone()));
+    if lowered.filtered_above_window {
+        let message =
+            format!("sink {}: WHERE above a window is not kept by the emission 'latest'", sink.name);
+        let hint = "Filter the source rows below the window, or write to a sink with the emission 'final'.";
+        return Err(placed(Error::user(message).hint(hint)));
+    }
+    let Some(keys) = &lowered.keys else { return Ok(Some(key.to_vec())) };
+    let mut window: Vec<usize> = keys.iter().filter_map(|key| *key).collect();
+    let mut wanted = key.to_vec();
+    window.sort_unstable();
+    wanted.sort_unstable();
+    if window.len() != keys.len() || window != wanted {
+        let message = format!("sink {}: its key is not the PARTITION BY of its view", sink.name);
+        let hint = "Use the columns of PARTITION BY as key, and keep them in the SELECT list.";
+        return Err(placed(Error::user(message).hint(hint)));
+    }
+    Ok(None)
+}
+
+impl fmt::Display for SinkPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let emission = match self.emission {
+            Emission::Final => "final",
+            Emission::Latest => "latest",
+        };
+        match &self.kind {
+            #[cfg(feature = "delta")]
+            SinkKind::Delta(config) => write!(f, "delta {}", config.location)?,
+            #[cfg(feature = "kafka")]
+            SinkKind::Kafka(config) => write!(f, "kafka topic {}", config.topic)?,
+            #[cfg(feature = "redis")]
+            SinkKind::Online { redis: Some(_), .. } => f.write_str("redis")?,
+            SinkKind::Online { .. } => f.write_str("memory")?,
+            SinkKind::Console => f.write_str("console")?,
+            SinkKind::Blackhole => f.write_str("blackhole")?,
+        }
+        write!(f, ", emission {emission}")?;
+        if let SinkKind::Online { ttl_micros: Some(ttl), .. } = &self.kind {
+            write!(f, ", ttl {}", interval::display_micros(*ttl))?;
+        }
+        if !self.key.is_empty() {
+            let names: Vec<&str> =
+                self.key.iter().map(|key| self.schema.field(*key).name().as_str()).collect();
+            write!(f, ", key {}", names.join(", "))?;
+        }
+        Ok(())
+    }
+}

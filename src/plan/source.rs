@@ -1,0 +1,212 @@
+//! `CREATE SOURCE` → what the source task needs: connector, computed columns, event time, lateness.
+//!
+//! A source row has the declared physical columns, then the computed ones, then (Kafka) the metadata columns
+//! `_topic, _partition, _offset, _timestamp, _key`, which `SELECT *` leaves out.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use datafusion::common::DFSchema;
+use datafusion::physical_plan::PhysicalExpr;
+use datafusion::prelude::SessionContext;
+use sqlparser::ast::ExprWithAlias;
+
+use crate::connectors::formats::OnError;
+use crate::connectors::generator::GeneratorConfig;
+#[cfg(feature = "kafka")]
+use crate::connectors::kafka::KafkaSourceConfig;
+use crate::error::{Error, Result};
+use crate::sql::options::Options;
+use crate::sql::{CreateSource, interval};
+use crate::stream::{Micros, timestamp_type};
+
+#[derive(Debug, Clone)]
+pub enum SourceKind {
+    #[cfg(feature = "kafka")]
+    Kafka(KafkaSourceConfig),
+    Generator(GeneratorConfig),
+}
+
+#[derive(Debug, Clone)]
+pub struct SourcePlan {
+    pub name: String,
+    pub kind: SourceKind,
+    /// The columns that the connector delivers.
+    pub physical: SchemaRef,
+    /// Evaluated in order over physical columns and the computed ones before them.
+    pub computed: Vec<(Arc<dyn PhysicalExpr>, Field)>,
+    /// All columns: physical, computed, metadata.
+    pub schema: SchemaRef,
+    /// How many leading columns `SELECT *` shows.
+    pub visible: usize,
+    /// Column of the event time; `None` without a WATERMARK.
+    pub event_time: Option<usize>,
+    pub lateness: Micros,
+    pub max_future: Micros,
+    pub idle_timeout: Duration,
+    pub on_error: OnError,
+    /// Name of the backup, parsed and checked; used from the history issue on.
+    pub history: Option<String>,
+}
+
+/// Names of the metadata columns, in order.
+pub const METADATA: [&str; 5] = ["_topic", "_partition", "_offset", "_timestamp", "_key"];
+
+fn metadata_fields() -> Vec<Field> {
+    let types = [DataType::Utf8, DataType::Int32, DataType::Int64, timestamp_type(), DataType::Binary];
+    let nullable = [false, false, false, true, true];
+    METADATA.iter().zip(types).zip(nullable).map(|((name, t), null)| Field::new(*name, t, null)).collect()
+}
+
+impl SourcePlan {
+    /// # Errors
+    /// A user error with its place: unknown connector or option, a computed column that does not plan, a watermark
+    /// on a column that is no timestamp.
+    pub fn new(session: &SessionContext, source: &CreateSource) -> Result<Self> {
+        let physical: Vec<Field> =
+            source.columns.iter().map(|c| Field::new(&c.name, c.data_type.clone(), c.nullable)).collect();
+        let physical = Arc::new(Schema::new(physical));
+        let computed = computed_columns(session, source, &physical)?;
+        let mut options = source.options.clone();
+        let connector = options.required("connector").map_err(|error| error.at(source.place.clone()))?;
+        let max_future = options.duration("max_future")?.unwrap_or(Duration::from_secs(86_400));
+        let idle_timeout = options.duration("idle_timeout")?.unwrap_or(Duration::from_secs(60));
+        let history = options.string("history")?;
+        let (kind, has_metadata) = connector_of(&connector, source, &mut options, &physical)?;
+        let on_error = match &kind {
+            #[cfg(feature = "kafka")]
+            SourceKind::Kafka(config) => config.on_error,
+            SourceKind::Generator(_) => OnError::Fail,
+        };
+        options.finish().map_err(|error| error.at(source.place.clone()))?;
+        let mut fields: Vec<Field> = physical.fields().iter().map(|f| f.as_ref().clone()).collect();
+        fields.extend(computed.iter().map(|(_, field)| field.clone()));
+        let visible = fields.len();
+        if has_metadata {
+            fields.extend(metadata_fields());
+        }
+        let event_time = event_time(source, &fields)?;
+        Ok(Self {
+            name: source.name.clone(),
+            kind,
+            physical,
+            computed,
+            schema: Arc::new(Schema::new(fields)),
+            visible,
+            event_time,
+            lateness: source.watermark.as_ref().map_or(0, |w| w.delay_micros),
+            max_future: i64::try_from(max_future.as_micros()).unwrap_or(i64::MAX),
+            idle_timeout,
+            on_error,
+            history,
+        })
+    }
+
+    pub fn has_metadata(&self) -> bool {
+        self.schema.fields().len() > self.visible
+    }
+}
+
+fn connector_of(
+    connector: &str,
+    source: &CreateSource,
+    options: &mut Options,
+    physical: &SchemaRef,
+) -> Result<(SourceKind, bool)> {
+    let placed = |error: Error| error.at(source.place.clone());
+    match connector {
+        #[cfg(feature = "kafka")]
+        "kafka" => {
+            let config = KafkaSourceConfig::from_options(options, Arc::clone(physical)).map_err(placed)?;
+            Ok((SourceKind::Kafka(config), true))
+        }
+        "generator" => {
+            let config = GeneratorConfig::from_options(options, physical).map_err(placed)?;
+            Ok((SourceKind::Generator(config), false))
+        }
+        other => Err(placed(
+            Error::user(format!("source {}: connector '{other}' is not known", source.name))
+                .hint("Sources are read by 'kafka' and 'generator'."),
+        )),
+    }
+}
+
+fn computed_columns(
+    session: &SessionContext,
+    source: &CreateSource,
+    physical: &SchemaRef,
+) -> Result<Vec<(Arc<dyn PhysicalExpr>, Field)>> {
+    let state = session.state();
+    let mut fields: Vec<Field> = physical.fields().iter().map(|f| f.as_ref().clone()).collect();
+    let mut computed = Vec::new();
+    for column in &source.computed {
+        let place = || column.place.clone();
+        if fields.iter().any(|field| field.name() == &column.name) {
+            return Err(Error::user(format!("the column {} is declared twice", column.name)).at(place()));
+        }
+        let schema = Arc::new(Schema::new(fields.clone()));
+        let df_schema = DFSchema::try_from(Arc::clone(&schema)).map_err(|e| Error::from(e).at(place()))?;
+        let sql = ExprWithAlias { expr: column.expr.clone(), alias: None };
+        let plan = |e: datafusion::error::DataFusionError| {
+            Error::from(e).context(format_args!("computed column {}", column.name)).at(place())
+        };
+        let expr = state.create_logical_expr_from_sql_expr(sql, &df_schema).map_err(plan)?;
+        let expr = state.create_physical_expr(expr, &df_schema).map_err(plan)?;
+        let from = expr.data_type(&schema)?;
+        let to = column.data_type.clone().unwrap_or_else(|| super::lower::storable_type(&from));
+        let expr: Arc<dyn PhysicalExpr> = if from == to {
+            expr
+        } else {
+            datafusion::physical_plan::expressions::cast(expr, &schema, to.clone()).map_err(plan)?
+        };
+        let nullable = expr.nullable(&schema)?;
+        let field = Field::new(&column.name, to, nullable);
+        fields.push(field.clone());
+        computed.push((expr, field));
+    }
+    Ok(computed)
+}
+
+fn event_time(source: &CreateSource, fields: &[Field]) -> Result<Option<usize>> {
+    let Some(watermark) = &source.watermark else { return Ok(None) };
+    let Some(column) = fields.iter().position(|field| field.name() == &watermark.column) else {
+        let message =
+            format!("source {}: the watermark column {} does not exist", source.name, watermark.column);
+        return Err(Error::user(message)
+            .hint("Name a TIMESTAMP column of the source, declared or computed.")
+            .at(watermark.place.clone()));
+    };
+    if *fields[column].data_type() != timestamp_type() {
+        let message = format!(
+            "source {}: the watermark column {} is no TIMESTAMP but {}",
+            source.name,
+            watermark.column,
+            fields[column].data_type()
+        );
+        return Err(Error::user(message)
+            .hint(
+                "Declare it as TIMESTAMP AS (to_timestamp_millis(…)) if the record holds epoch milliseconds.",
+            )
+            .at(watermark.place.clone()));
+    }
+    Ok(Some(column))
+}
+
+impl fmt::Display for SourcePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.kind {
+            #[cfg(feature = "kafka")]
+            SourceKind::Kafka(config) => write!(f, "kafka topic {}", config.topic)?,
+            SourceKind::Generator(_) => f.write_str("generator")?,
+        }
+        match self.event_time {
+            Some(column) => {
+                let late = interval::display_micros(self.lateness);
+                write!(f, ", watermark {} - {late}", self.schema.field(column).name())
+            }
+            None => f.write_str(", no watermark"),
+        }
+    }
+}

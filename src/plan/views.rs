@@ -1,0 +1,139 @@
+//! Catalog → logical plans. Views may refer forward and across files; a cycle is an error.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use datafusion::catalog::TableProvider;
+use datafusion::datasource::ViewTable;
+use datafusion::error::DataFusionError;
+use datafusion::logical_expr::LogicalPlan;
+use datafusion::prelude::SessionContext;
+use datafusion::sql::parser::Statement as DfStatement;
+use sqlparser::ast::{Query, Statement};
+
+use crate::error::{Error, Place, Result};
+use crate::plan::session::SourceTable;
+use crate::plan::source::SourcePlan;
+use crate::sql::{Catalog, CreateView};
+
+/// Plans the queries of one catalog in one session.
+pub struct ViewPlanner<'a> {
+    pub session: &'a SessionContext,
+    pub catalog: &'a Catalog,
+    pub sources: &'a BTreeMap<String, Arc<SourcePlan>>,
+    planning: Vec<String>,
+}
+
+impl<'a> ViewPlanner<'a> {
+    pub fn new(
+        session: &'a SessionContext,
+        catalog: &'a Catalog,
+        sources: &'a BTreeMap<String, Arc<SourcePlan>>,
+    ) -> Self {
+        Self { session, catalog, sources, planning: Vec::new() }
+    }
+
+    /// The analysed and optimised plan of a query, views inlined.
+    ///
+    /// # Errors
+    /// A user error with its place: unknown table or column, wrong types, a cycle of views.
+    pub async fn query(&mut self, query: &Query, place: &Place) -> Result<LogicalPlan> {
+        let plan = self.unoptimised(query, place).await?;
+        let state = self.session.state();
+        state.optimize(&plan).map_err(|error| located(error, place))
+    }
+
+    /// The plan of `SELECT * FROM relation`.
+    pub async fn relation(&mut self, name: &str, place: &Place) -> Result<LogicalPlan> {
+        self.register(name, place).await?;
+        let table = self.session.table(quoted(name)).await.map_err(|error| located(error, place))?;
+        let plan = table.into_unoptimized_plan();
+        self.session.state().optimize(&plan).map_err(|error| located(error, place))
+    }
+
+    async fn unoptimised(&mut self, query: &Query, place: &Place) -> Result<LogicalPlan> {
+        let statement = DfStatement::Statement(Box::new(Statement::Query(Box::new(query.clone()))));
+        let state = self.session.state();
+        let references = state.resolve_table_references(&statement).map_err(|error| located(error, place))?;
+        for reference in references {
+            Box::pin(self.register(reference.table(), place)).await?;
+        }
+        let state = self.session.state();
+        state.statement_to_plan(statement).await.map_err(|error| located(error, place))
+    }
+
+    /// Makes a source or view known to the session. Unknown names are left to DataFusion, which knows the place.
+    async fn register(&mut self, name: &str, place: &Place) -> Result<()> {
+        if self.session.table_exist(quoted(name)).unwrap_or(false) {
+            return Ok(());
+        }
+        if let Some(source) = self.sources.get(name) {
+            let table = SourceTable { name: name.to_owned(), schema: Arc::clone(&source.schema) };
+            return self.put(name, Arc::new(table));
+        }
+        let Some(view) = self.catalog.view(name) else {
+            return match self.catalog.table(name) {
+                Some(table) => Err(Error::user(format!("the table {name} cannot be joined to a stream yet"))
+                    .hint("Look-up joins come with a later version; query the table with `millstream query`.")
+                    .at(table.place.clone())),
+                None => Ok(()),
+            };
+        };
+        self.register_view(name, view, place).await
+    }
+
+    async fn register_view(&mut self, name: &str, view: &CreateView, place: &Place) -> Result<()> {
+        if self.planning.iter().any(|planned| planned == name) {
+            let cycle = format!("{} -> {name}", self.planning.join(" -> "));
+            return Err(Error::user(format!("the view {name} depends on itself: {cycle}")).at(place.clone()));
+        }
+        self.planning.push(name.to_owned());
+        let plan = self.unoptimised(&view.query, &view.place).await?;
+        self.planning.pop();
+        self.put(name, Arc::new(ViewTable::new(plan, Some(view.sql.clone()))))
+    }
+
+    fn put(&self, name: &str, table: Arc<dyn TableProvider>) -> Result<()> {
+        self.session.register_table(quoted(name), table)?;
+        Ok(())
+    }
+}
+
+/// A reference that is not folded to lower case again: catalog names are already normalised.
+pub fn quoted(name: &str) -> datafusion::common::TableReference {
+    datafusion::common::TableReference::bare(name.to_owned())
+}
+
+/// A planning error of DataFusion at its own span, if it has one, else at the statement.
+pub fn located(error: DataFusionError, statement: &Place) -> Error {
+    let place = error.diagnostic().and_then(|diagnostic| diagnostic.span).map_or_else(
+        || statement.clone(),
+        |span| {
+            // Spans count from the start of the text that was parsed, which is the whole file.
+            let width = (span.end.column.saturating_sub(span.start.column)).max(1) as usize;
+            Place {
+                line: span.start.line as usize,
+                column: span.start.column as usize,
+                width,
+                ..statement.clone()
+            }
+        },
+    );
+    let hint = error.diagnostic().and_then(|d| d.helps.first().map(|help| help.message.clone()));
+    let message = match error.diagnostic() {
+        Some(diagnostic) => diagnostic.message.clone(),
+        None => strip(&error.strip_backtrace()),
+    };
+    let error = Error::user(message).at(place);
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+fn strip(message: &str) -> String {
+    let known =
+        ["Error during planning: ", "Schema error: ", "This feature is not implemented: ", "SQL error: "];
+    let message = known.iter().fold(message, |text, prefix| text.strip_prefix(prefix).unwrap_or(text));
+    message.to_owned()
+}

@@ -1,0 +1,297 @@
+//! Epochs: cut, gather, publish, commit (DESIGN §5 *Manifests*).
+//!
+//! One epoch is open at a time. When every shard has reported its part, and the Delta commits of the epoch before are
+//! acknowledged, the manifest is published; then the commits of this epoch are made. Any failure ends the process: the
+//! next start replays what the last manifest prepared.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::error::{Error, Result};
+use crate::plan::{NodeId, NodeKind, SinkKind, StreamPlan};
+use crate::runtime::graph::{Tasks, spawn};
+use crate::runtime::letters;
+use crate::runtime::report::{Command, Metrics, Report, SourceEpoch, StatePart};
+use crate::runtime::start::{World, delta_files, fingerprints, open, progress_of};
+use crate::state::manifest::{CommitProgress, Manifest, PreparedCommit, PreparedFile, Segment, garbage_of};
+use crate::stream::clock::Clock;
+use crate::stream::{Barrier, DeadLetter, END_OF_TIME, Micros, START_OF_TIME};
+
+/// How a pipeline is run.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    pub name: String,
+    /// Where manifests and state files live.
+    pub state: String,
+    pub parallelism: usize,
+    pub checkpoint: Duration,
+    /// Stop at the end offsets seen at start.
+    pub until_end: bool,
+    /// At the stop: no row follows, make everything final and mark the pipeline closed.
+    pub close: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    Stopped,
+    Closed,
+    /// It was closed before; only its commits were replayed.
+    AlreadyClosed,
+}
+
+/// What the shards have reported of the open epoch.
+#[derive(Default)]
+struct Gathered {
+    sources: Vec<SourceEpoch>,
+    states: Vec<(NodeId, StatePart)>,
+    prepared: Vec<(NodeId, Vec<PreparedFile>, Micros)>,
+}
+
+struct Coordinator {
+    plan: Arc<StreamPlan>,
+    world: World,
+    tasks: Tasks,
+    options: RunOptions,
+    metrics: Arc<Metrics>,
+    last: Manifest,
+    deleted: BTreeSet<String>,
+    ended: usize,
+}
+
+/// Runs a pipeline until `stop` says so, or until its end.
+///
+/// # Errors
+/// User: SQL, options or state that do not fit. External: the outside world failed. Fenced: overtaken.
+pub async fn run(
+    plan: StreamPlan,
+    options: RunOptions,
+    metrics: Arc<Metrics>,
+    stop: watch::Receiver<bool>,
+) -> Result<Outcome> {
+    let plan = Arc::new(plan);
+    let world = open(&plan, &options.name, &options.state).await?;
+    if world.manifest.closed {
+        return Ok(Outcome::AlreadyClosed);
+    }
+    let tasks = spawn(Arc::clone(&plan), &world, options.parallelism, Arc::clone(&metrics)).await?;
+    let last = world.manifest.clone();
+    let mut coordinator =
+        Coordinator { plan, world, tasks, options, metrics, last, deleted: BTreeSet::new(), ended: 0 };
+    coordinator.drive(stop).await
+}
+
+impl Coordinator {
+    async fn drive(&mut self, mut stop: watch::Receiver<bool>) -> Result<Outcome> {
+        let mut ticks = tokio::time::interval(self.options.checkpoint);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        ticks.tick().await;
+        loop {
+            // Shards may have reached their ends while an epoch was gathered.
+            let mut end = self.options.until_end && self.ended >= self.options.parallelism;
+            if !end {
+                tokio::select! {
+                    _ = ticks.tick() => {}
+                    _ = stop.wait_for(|stop| *stop) => end = true,
+                    report = self.tasks.reports.recv() => match report {
+                        Some(Report::AtEnd { .. }) => {
+                            self.ended += 1;
+                            continue;
+                        }
+                        Some(Report::Failed(error)) => return Err(error),
+                        Some(_) => return Err(Error::internal("a task reported an epoch that is not open")),
+                        None => return Err(Error::internal("all tasks are gone")),
+                    },
+                }
+            }
+            let closing = end && self.options.close;
+            self.epoch(end, closing).await?;
+            if end {
+                return Ok(if closing { Outcome::Closed } else { Outcome::Stopped });
+            }
+        }
+    }
+
+    /// Cuts, gathers, publishes and commits one epoch.
+    async fn epoch(&mut self, last: bool, close: bool) -> Result<()> {
+        let mut next = self.last.next_data(Clock.unix_millis());
+        let barrier = Barrier { epoch: next.epoch, last };
+        for command in &self.tasks.commands {
+            let sent = command.send(Command::Cut { barrier, close }).await;
+            if sent.is_err() {
+                return Err(self.reason().await);
+            }
+        }
+        let gathered = self.gather(next.epoch).await?;
+        self.fill(&mut next, gathered, close).await?;
+        next.garbage = garbage_of(&self.last, &next, &self.deleted, &self.world.orphans);
+        self.world.orphans.clear();
+        self.world.store.publish(&next).await?;
+        self.metrics.epoch.store(next.epoch, Ordering::Relaxed);
+        self.commit(&next).await?;
+        self.world.store.check_fence(next.epoch).await?;
+        self.world.store.delete_files(&next.garbage).await?;
+        self.deleted = next.garbage.iter().cloned().collect();
+        self.last = next;
+        Ok(())
+    }
+
+    /// Why a task is gone.
+    async fn reason(&mut self) -> Error {
+        while let Some(report) = self.tasks.reports.recv().await {
+            if let Report::Failed(error) = report {
+                return error;
+            }
+        }
+        Error::internal("a task ended without a word")
+    }
+
+    async fn gather(&mut self, epoch: u64) -> Result<Gathered> {
+        let mut gathered = Gathered::default();
+        let expected: usize = self.tasks.shards.values().sum();
+        while gathered.sources.len() < self.tasks.commands.len()
+            || gathered.states.len() + gathered.prepared.len() < expected
+        {
+            match self.tasks.reports.recv().await {
+                Some(Report::Source(part)) if part.epoch == epoch => gathered.sources.push(part),
+                Some(Report::State { node, epoch: of, part }) if of == epoch => {
+                    gathered.states.push((node, part))
+                }
+                Some(Report::Prepared { node, epoch: of, files, watermark }) if of == epoch => {
+                    gathered.prepared.push((node, files, watermark));
+                }
+                Some(Report::AtEnd { .. }) => self.ended += 1,
+                Some(Report::Failed(error)) => return Err(error),
+                Some(_) => {
+                    return Err(Error::internal(format!("a task reported another epoch than {epoch}")));
+                }
+                None => return Err(Error::internal("all tasks are gone")),
+            }
+        }
+        Ok(gathered)
+    }
+
+    /// Fills a data manifest in from the shards' parts.
+    async fn fill(&self, next: &mut Manifest, mut gathered: Gathered, close: bool) -> Result<()> {
+        next.parallelism = self.options.parallelism;
+        next.closed = close;
+        next.fingerprints = fingerprints(&self.plan);
+        let mut dead: Vec<DeadLetter> = Vec::new();
+        gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
+        gathered.states.iter_mut().for_each(|(_, part)| dead.append(&mut part.dead));
+        let (name, late) = self.fill_source(next, &gathered.sources);
+        let generation = next.generation;
+        if let Some(batch) = letters::ledger(&self.world.source.topics(), &late)? {
+            let path = crate::state::manifest::ledger_name(&name, generation, next.epoch);
+            self.world.store.put_file(&path, letters::parquet(&batch)?).await?;
+            next.ledger.push(Segment {
+                path,
+                epoch: next.epoch,
+                rows: late.len() as u64,
+                source: name.clone(),
+            });
+        }
+        if let Some(batch) = letters::dead_letters(&dead)? {
+            let path = crate::state::manifest::dead_letter_name(&name, generation, next.epoch);
+            self.world.store.put_file(&path, letters::parquet(&batch)?).await?;
+            next.dead_letters.push(Segment {
+                path,
+                epoch: next.epoch,
+                rows: dead.len() as u64,
+                source: name.clone(),
+            });
+        }
+        self.fill_states(next, gathered.states);
+        self.fill_commits(next, gathered.prepared, &name);
+        Ok(())
+    }
+
+    /// Offsets, watermarks and accounts; returns the source's name and its late rows.
+    fn fill_source(&self, next: &mut Manifest, parts: &[SourceEpoch]) -> (String, Vec<(u16, i32, i64)>) {
+        let name = self.plan.source().map(|(_, source)| source.name.clone()).unwrap_or_default();
+        let progress = next.sources.entry(name.clone()).or_default();
+        progress.topics = self.world.source.topics().iter().map(|topic| topic.to_string()).collect();
+        progress.partitions = parts.iter().flat_map(|part| part.partitions.iter().copied()).collect();
+        progress.partitions.sort_by_key(|p| (p.topic, p.partition));
+        progress.watermark = parts.iter().filter_map(|part| part.watermark).max();
+        parts.iter().for_each(|part| progress.accounts.add(&part.accounts));
+        (name, parts.iter().flat_map(|part| part.late.iter().copied()).collect())
+    }
+
+    fn fill_states(&self, next: &mut Manifest, states: Vec<(NodeId, StatePart)>) {
+        for (node, shards) in &self.tasks.shards {
+            let id = &self.plan.nodes[*node].id;
+            let parts: Vec<&StatePart> =
+                states.iter().filter(|(of, _)| of == node).map(|(_, part)| part).collect();
+            if parts.len() != *shards {
+                continue;
+            }
+            let horizon = parts.iter().map(|part| part.horizon).min().unwrap_or(START_OF_TIME);
+            let full = parts.iter().all(|part| part.full);
+            let epoch = next.epoch;
+            next.files.retain(|file| {
+                let keyed = file.kind != "rows";
+                file.node != *id
+                    || !(keyed && full || !keyed && file.max_time.is_some_and(|newest| newest < horizon))
+            });
+            debug_assert!(next.files.iter().all(|file| file.epoch < epoch));
+            let watermark = parts.iter().map(|part| part.watermark).min().filter(|at| *at != START_OF_TIME);
+            next.nodes.entry(id.clone()).or_default().watermark = watermark;
+        }
+        next.files.extend(states.into_iter().flat_map(|(_, part)| part.files));
+    }
+
+    fn fill_commits(
+        &self,
+        next: &mut Manifest,
+        prepared: Vec<(NodeId, Vec<PreparedFile>, Micros)>,
+        source: &str,
+    ) {
+        let progress = next.sources.get(source).cloned().unwrap_or_default();
+        for (node, plan) in self.plan.sinks() {
+            #[cfg(feature = "delta")]
+            if let SinkKind::Delta(config) = &plan.kind {
+                let parts: Vec<_> = prepared.iter().filter(|(of, _, _)| *of == node).collect();
+                let until = parts.iter().map(|(_, _, watermark)| *watermark).min();
+                let files = parts.iter().flat_map(|(_, files, _)| files.iter().cloned()).collect();
+                let covered = CommitProgress {
+                    topics: progress.topics.clone(),
+                    partitions: progress.partitions.clone(),
+                    watermark: progress.watermark,
+                };
+                next.commits.push(PreparedCommit {
+                    sink: plan.name.clone(),
+                    location: config.location.clone(),
+                    epoch: next.epoch,
+                    files,
+                    sources: [(source.to_owned(), covered)].into(),
+                    complete_until: until.filter(|at| *at != START_OF_TIME),
+                });
+            }
+        }
+    }
+
+    async fn commit(&mut self, manifest: &Manifest) -> Result<()> {
+        #[cfg(feature = "delta")]
+        for commit in &manifest.commits {
+            let node = self
+                .plan
+                .nodes
+                .iter()
+                .position(|node| matches!(&node.kind, NodeKind::Sink(sink) if sink.name == commit.sink));
+            let Some(committer) = node.and_then(|node| self.world.committers.get_mut(&node)) else {
+                continue;
+            };
+            committer.commit(commit.epoch, &delta_files(commit), &progress_of(commit)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Shows a watermark for people: `None` before any row, the end after `--close`.
+pub fn shown_watermark(at: Micros) -> Option<i64> {
+    (at != START_OF_TIME && at != END_OF_TIME && at != 0).then_some(at / 1_000)
+}

@@ -1,0 +1,261 @@
+//! Spawns the tasks of a plan: per shard a source thread, a task per OVER, a task per sink, joined by channels.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+
+#[cfg(feature = "delta")]
+use crate::connectors::delta::DeltaWriter;
+use crate::error::{Error, Result};
+use crate::operators::newest::Newest;
+use crate::operators::over::Over;
+use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
+use crate::runtime::chain::{Chain, Outlet};
+use crate::runtime::inbox::Inbox;
+use crate::runtime::keyed::{KeyedTask, Saver};
+use crate::runtime::report::{Command, Metrics, Report};
+use crate::runtime::sinks::{AppendTask, FlushState, OnlineTask};
+use crate::runtime::source::{SourceState, SourceTask};
+use crate::runtime::start::{World, restore};
+use crate::runtime::watermark::SourceClock;
+use crate::stream::clock::Clock;
+use crate::stream::{Message, Place, Positions, START_OF_TIME};
+
+/// Batches that wait in a channel: a few, so that a slow reader slows its writer down soon.
+const CHANNEL: usize = 4;
+
+/// What the coordinator needs to talk to the tasks.
+pub struct Tasks {
+    pub commands: Vec<Sender<Command>>,
+    pub reports: Receiver<Report>,
+    /// Reports of `Report::State` or `Report::Prepared` per epoch, by node.
+    pub shards: BTreeMap<NodeId, usize>,
+}
+
+struct Graph<'a> {
+    plan: Arc<StreamPlan>,
+    world: &'a World,
+    parallelism: usize,
+    metrics: Arc<Metrics>,
+    reports: Sender<Report>,
+    /// Receivers of a node that begins a task, by shard.
+    inboxes: BTreeMap<NodeId, Vec<Vec<Receiver<Message>>>>,
+}
+
+/// # Errors
+/// External: state files or readers cannot be opened.
+pub async fn spawn(
+    plan: Arc<StreamPlan>,
+    world: &World,
+    parallelism: usize,
+    metrics: Arc<Metrics>,
+) -> Result<Tasks> {
+    let (reports, receiver) = channel(1_024);
+    let (source, _) = plan.source().ok_or_else(|| Error::internal("a plan without source was run"))?;
+    let mut graph =
+        Graph { plan: Arc::clone(&plan), world, parallelism, metrics, reports, inboxes: BTreeMap::new() };
+    let source_chains = graph.chains(source);
+    let mut shards = BTreeMap::new();
+    for (id, node) in plan.nodes.iter().enumerate() {
+        match &node.kind {
+            NodeKind::Over(_) => graph.spawn_over(id).await?,
+            NodeKind::Sink(sink) => graph.spawn_sink(id, sink).await?,
+            _ => continue,
+        }
+        shards.insert(id, parallelism);
+    }
+    let commands = graph.spawn_source(source, source_chains).await?;
+    Ok(Tasks { commands, reports: receiver, shards })
+}
+
+impl Graph<'_> {
+    /// Reader nodes at the edges of the stage that begins at `root`.
+    fn edges(&self, root: NodeId, found: &mut Vec<(NodeId, Option<Vec<usize>>)>) {
+        for (reader, edge) in self.plan.readers(root) {
+            match &self.plan.nodes[reader].kind {
+                NodeKind::Filter { .. } | NodeKind::Project { .. } => self.edges(reader, found),
+                _ => found.push((reader, edge.exchange.clone())),
+            }
+        }
+    }
+
+    /// The chain of each shard of a stage, with channels to every reader at its edges.
+    fn chains(&mut self, root: NodeId) -> Vec<Chain> {
+        let mut edges = Vec::new();
+        self.edges(root, &mut edges);
+        let topics = self.world.source.topics();
+        let mut outlets: Vec<Vec<(NodeId, Outlet)>> = (0..self.parallelism).map(|_| Vec::new()).collect();
+        for (reader, keys) in edges {
+            let inboxes = self
+                .inboxes
+                .entry(reader)
+                .or_insert_with(|| (0..self.parallelism).map(|_| Vec::new()).collect());
+            for (shard, outlets) in outlets.iter_mut().enumerate() {
+                let targets = if keys.is_some() { 0..self.parallelism } else { shard..shard + 1 };
+                let senders = targets
+                    .map(|target| {
+                        let (sender, receiver) = channel(CHANNEL);
+                        inboxes[target].push(receiver);
+                        sender
+                    })
+                    .collect();
+                outlets.push((reader, Outlet { senders, keys: keys.clone() }));
+            }
+        }
+        outlets
+            .into_iter()
+            .map(|outlets| Chain::new(Arc::clone(&self.plan), outlets, topics.clone()))
+            .collect()
+    }
+
+    fn saver(&self, node: NodeId, shard: usize) -> Saver {
+        Saver {
+            store: Arc::clone(&self.world.store),
+            node: self.plan.nodes[node].id.clone(),
+            generation: self.world.manifest.generation,
+            shard,
+        }
+    }
+
+    /// Runs a task; its failure becomes a report.
+    fn run(&self, task: impl Future<Output = Result<()>> + Send + 'static) {
+        let reports = self.reports.clone();
+        #[expect(clippy::disallowed_methods, reason = "this is where the runtime spawns its tasks")]
+        tokio::spawn(async move {
+            if let Err(error) = task.await {
+                // Nobody listens any more when the pipeline is already going down.
+                reports.send(Report::Failed(error)).await.ok();
+            }
+        });
+    }
+
+    async fn spawn_over(&mut self, node: NodeId) -> Result<()> {
+        let chains = self.chains(node);
+        let NodeKind::Over(spec) = &self.plan.nodes[node].kind else { return Ok(()) };
+        let id = &self.plan.nodes[node].id;
+        let rows = restore(self.world, id, "rows", self.parallelism).await?;
+        let keys = restore(self.world, id, "keys", self.parallelism).await?;
+        let progress = self.world.manifest.nodes.get(id);
+        let watermark = progress.and_then(|progress| progress.watermark).unwrap_or(START_OF_TIME);
+        let inboxes = self.inboxes.remove(&node).unwrap_or_default();
+        for (shard, (chain, receivers)) in chains.into_iter().zip(inboxes).enumerate() {
+            let mut over = Over::new(spec.clone())?;
+            over.restore(&rows.shards[shard], &keys.shards[shard], watermark)?;
+            let inbox = Inbox::new(receivers, watermark);
+            let reports = self.reports.clone();
+            self.run(KeyedTask { node, over, inbox, chain, reports, saver: self.saver(node, shard) }.run());
+        }
+        Ok(())
+    }
+
+    async fn spawn_sink(&mut self, node: NodeId, sink: &SinkPlan) -> Result<()> {
+        let inboxes = self.inboxes.remove(&node).unwrap_or_default();
+        let restored = restore(self.world, &self.plan.nodes[node].id, "newest", self.parallelism).await?;
+        for (shard, receivers) in inboxes.into_iter().enumerate() {
+            let inbox = Inbox::new(receivers, START_OF_TIME);
+            let (reports, metrics) = (self.reports.clone(), Arc::clone(&self.metrics));
+            match &sink.kind {
+                #[cfg(feature = "delta")]
+                SinkKind::Delta(config) => {
+                    let tag = format!("g{:08}-s{shard}", self.world.manifest.generation);
+                    let writer = DeltaWriter::new(config.clone(), &sink.schema, tag)?;
+                    self.run(
+                        crate::runtime::sinks::DeltaTask { node, writer, inbox, reports, metrics }.run(),
+                    );
+                }
+                SinkKind::Online { ttl_micros, .. } => {
+                    let mut newest = Newest::new(Arc::clone(&sink.schema), sink.key.clone(), *ttl_micros)?;
+                    newest.restore(&restored.shards[shard])?;
+                    let (store, hold) = self.world.online.get(&node).cloned().ok_or_else(|| {
+                        Error::internal(format!("the online sink {} was not opened", sink.name))
+                    })?;
+                    let task = OnlineTask {
+                        node,
+                        shard: shard as u32,
+                        generation: self.world.manifest.generation,
+                        key: sink.key.clone(),
+                        newest,
+                        store,
+                        hold,
+                        inbox,
+                        reports,
+                        saver: self.saver(node, shard),
+                        metrics,
+                        clock: Clock,
+                        flushes: FlushState::at(self.world.positions.clone()),
+                    };
+                    self.run(task.run());
+                }
+                other => {
+                    let sink = append_sink(other, sink).await?;
+                    self.run(AppendTask { node, sink, inbox, reports, metrics }.run());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Source threads, partitions dealt out in turn.
+    async fn spawn_source(&mut self, node: NodeId, chains: Vec<Chain>) -> Result<Vec<Sender<Command>>> {
+        let Some((_, plan)) = self.plan.source() else { return Ok(Vec::new()) };
+        let plan = Arc::new(plan.clone());
+        let stored = self.world.manifest.sources.get(&plan.name);
+        let known = |place: Place| {
+            let partitions = stored.map(|s| s.partitions.as_slice()).unwrap_or_default();
+            partitions
+                .iter()
+                .find(|p| p.topic == place.topic() && p.partition == place.partition())?
+                .watermark
+        };
+        let places = self.world.positions.iter().map(|(place, _)| (place, known(place)));
+        let watermarks = SourceClock::new(plan.lateness, places, stored.and_then(|s| s.watermark));
+        let mut commands = Vec::new();
+        for (shard, chain) in chains.into_iter().enumerate() {
+            let mine = |(_, (place, _)): &(usize, (Place, i64))| {
+                place.partition() as usize % self.parallelism == shard
+            };
+            let positions: Positions =
+                self.world.positions.iter().enumerate().filter(mine).map(|(_, position)| position).collect();
+            let ends = self.world.ends.iter().filter(|(place, _)| positions.get(*place).is_some()).collect();
+            let (sender, receiver) = channel(4);
+            commands.push(sender);
+            let task = SourceTask {
+                node,
+                shard,
+                plan: Arc::clone(&plan),
+                topics: self.world.source.topics(),
+                reader: self.world.source.reader(positions.clone()).await?,
+                clock: Clock,
+                watermarks: watermarks.clone(),
+                chain,
+                positions,
+                ends,
+                commands: receiver,
+                reports: self.reports.clone(),
+                metrics: Arc::clone(&self.metrics),
+                state: SourceState::default(),
+            };
+            let reports = self.reports.clone();
+            let thread = std::thread::Builder::new().name(format!("source-{shard}"));
+            let spawned = thread.spawn(move || {
+                if let Err(error) = task.run() {
+                    reports.blocking_send(Report::Failed(error)).ok();
+                }
+            });
+            spawned.map_err(|error| Error::external("a thread cannot be started").because(error))?;
+        }
+        Ok(commands)
+    }
+}
+
+async fn append_sink(kind: &SinkKind, sink: &SinkPlan) -> Result<Box<dyn crate::connectors::AppendSink>> {
+    match kind {
+        #[cfg(feature = "kafka")]
+        SinkKind::Kafka(config) => {
+            Ok(Box::new(crate::connectors::kafka::KafkaSink::open(config.clone()).await?))
+        }
+        SinkKind::Blackhole => Ok(Box::new(crate::connectors::blackhole::BlackholeSink::default())),
+        _ => Err(Error::user(format!("sink {}: this connector cannot run yet", sink.name))),
+    }
+}

@@ -1,0 +1,90 @@
+//! What tasks tell the coordinator, and what it tells the source.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+
+use crate::error::Error;
+use crate::plan::NodeId;
+use crate::state::manifest::{Accounts, PartitionProgress, PreparedFile, StateFile};
+use crate::stream::{Barrier, DeadLetter, Micros};
+
+/// A shard's part of an epoch, or the end of the pipeline.
+#[derive(Debug)]
+pub enum Report {
+    Source(SourceEpoch),
+    /// An operator or online sink wrote its changes.
+    State {
+        node: NodeId,
+        epoch: u64,
+        part: StatePart,
+    },
+    /// A Delta sink wrote its files.
+    Prepared {
+        node: NodeId,
+        epoch: u64,
+        files: Vec<PreparedFile>,
+        watermark: Micros,
+    },
+    /// Every partition of a source shard was read to the end that was seen at start.
+    AtEnd {
+        shard: usize,
+    },
+    Failed(Error),
+}
+
+/// A shard's part of the state of an operator or online sink.
+#[derive(Debug, Default)]
+pub struct StatePart {
+    pub files: Vec<StateFile>,
+    pub watermark: Micros,
+    /// Row segments whose newest event time is below this are needed no more.
+    pub horizon: Micros,
+    /// The keyed files hold everything: older ones are needed no more.
+    pub full: bool,
+    pub dead: Vec<DeadLetter>,
+}
+
+/// What a source shard read in an epoch.
+#[derive(Debug, Default)]
+pub struct SourceEpoch {
+    pub epoch: u64,
+    /// The shard's partitions.
+    pub partitions: Vec<PartitionProgress>,
+    pub watermark: Option<Micros>,
+    /// (topic, partition, offset) of late rows.
+    pub late: Vec<(u16, i32, i64)>,
+    pub dead: Vec<DeadLetter>,
+    pub accounts: Accounts,
+}
+
+/// From the coordinator to a source shard.
+#[derive(Debug, Clone, Copy)]
+pub enum Command {
+    /// Cut here. `close`: no row follows, raise the watermark to the end first.
+    Cut { barrier: Barrier, close: bool },
+}
+
+/// Counters that tasks raise and the command line reads.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    pub read: AtomicU64,
+    pub late: AtomicU64,
+    pub dead: AtomicU64,
+    pub stored: AtomicU64,
+    pub served: AtomicU64,
+    pub lag: AtomicI64,
+    pub watermark: AtomicI64,
+    pub epoch: AtomicU64,
+    /// CPU-independent freshness: sum and count of (write acknowledged − event time), µs, of online rows.
+    pub freshness: crate::runtime::freshness::Histogram,
+}
+
+impl Metrics {
+    pub fn shared() -> Arc<Self> {
+        Arc::default()
+    }
+
+    pub fn add(counter: &AtomicU64, value: u64) {
+        counter.fetch_add(value, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,285 @@
+//! The start of a pipeline: look, claim, replay, restore. Nothing is written before the claim.
+//!
+//! Order (DESIGN §5): reach every outside system; claim by a manifest with a new generation; create missing tables in
+//! commits of their own; replay the last manifest's prepared commits unchanged; raise the online stores' fences and
+//! read how far they had seen; restore operators. Then tasks are spawned.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+
+#[cfg(feature = "delta")]
+use crate::connectors::delta::{CommitProgress, DeltaCommitter, PreparedFile as DeltaFile};
+use crate::connectors::memory::MemoryStore;
+use crate::connectors::{OnlineStore, PartitionInfo, SourceConnector, files};
+use crate::error::{Error, Result};
+use crate::plan::{NodeId, NodeKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
+use crate::state::files::decode;
+use crate::state::keys::groups_of;
+use crate::state::manifest::{Manifest, PreparedCommit};
+use crate::state::store::StateStore;
+use crate::stream::clock::Clock;
+use crate::stream::{Place, Positions};
+
+/// Everything outside that a pipeline talks to, reached and claimed.
+pub struct World {
+    pub store: Arc<StateStore>,
+    pub manifest: Manifest,
+    /// Files of older generations that nothing refers to.
+    pub orphans: Vec<String>,
+    pub source: Arc<dyn SourceConnector>,
+    pub positions: Positions,
+    /// End of each partition as seen at start.
+    pub ends: Positions,
+    #[cfg(feature = "delta")]
+    pub committers: BTreeMap<NodeId, DeltaCommitter>,
+    pub online: BTreeMap<NodeId, (Arc<dyn OnlineStore>, Positions)>,
+}
+
+/// # Errors
+/// External: something cannot be reached. User: the state or the tables do not fit the SQL. Fenced: overtaken.
+pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
+    let (_, source_plan) =
+        plan.source().ok_or_else(|| Error::user("the pipeline has no sink that reads a source"))?;
+    files::private(state)?;
+    let located = files::open(state)?;
+    files::probe(&located).await?;
+    let store = Arc::new(StateStore::new(located.store, object_store::path::Path::default(), Clock));
+    let source = connector(source_plan, name)?;
+    let partitions = source.partitions().await?;
+    let online = online_stores(plan, name).await?;
+    let latest = store.latest().await?;
+    #[cfg(feature = "delta")]
+    let (mut committers, missing, newest) = tables(plan, name, latest.as_ref(), state).await?;
+    #[cfg(not(feature = "delta"))]
+    let newest = 0;
+    if let Some(latest) = &latest {
+        check_fingerprints(plan, latest)?;
+    }
+    let mut newest = newest;
+    for (_, online) in &online {
+        newest = newest.max(online.open().await?.fence);
+    }
+    let claim = store.claim(name, newest + 1).await?;
+    let manifest = claim.manifest;
+    let orphans = store.unreferenced(&manifest).await?;
+    #[cfg(feature = "delta")]
+    {
+        for node in missing {
+            if let Some(committer) = committers.get_mut(&node) {
+                committer.create(&manifest.state_id.to_string()).await?;
+            }
+        }
+        replay(plan, &mut committers, &manifest.commits).await?;
+    }
+    let mut fenced = BTreeMap::new();
+    for (node, store) in online {
+        let seen = claim_online(&store, manifest.generation).await?;
+        fenced.insert(node, (store, seen));
+    }
+    let positions = positions(&manifest, source_plan, source.as_ref(), &partitions).await?;
+    let ends = partitions.iter().map(|p| (Place::new(0, p.topic, p.partition), p.high)).collect();
+    Ok(World {
+        store,
+        manifest,
+        orphans,
+        source,
+        positions,
+        ends,
+        #[cfg(feature = "delta")]
+        committers,
+        online: fenced,
+    })
+}
+
+fn connector(source: &SourcePlan, name: &str) -> Result<Arc<dyn SourceConnector>> {
+    match &source.kind {
+        #[cfg(feature = "kafka")]
+        SourceKind::Kafka(config) => {
+            let mut config = config.clone();
+            // Kept so that rows which fail later can be dead letters with their bytes, and for the backup's `_key`.
+            (config.keep_key, config.keep_payload) = (true, true);
+            let group = format!("millstream-{name}-{}", source.name);
+            Ok(Arc::new(crate::connectors::kafka::KafkaSource::new(&source.name, &group, config)?))
+        }
+        SourceKind::Generator(config) => {
+            // One minute back, so that the first rows are final at once (DESIGN §7 *dev*).
+            let start = (Clock.unix_millis() - 60_000) * 1_000;
+            Ok(Arc::new(crate::connectors::generator::GeneratorSource::new(config.clone(), start, Clock)))
+        }
+    }
+}
+
+async fn online_stores(plan: &StreamPlan, name: &str) -> Result<Vec<(NodeId, Arc<dyn OnlineStore>)>> {
+    let mut stores: Vec<(NodeId, Arc<dyn OnlineStore>)> = Vec::new();
+    for (node, sink) in plan.sinks() {
+        let SinkKind::Online { redis, .. } = &sink.kind else { continue };
+        let store: Arc<dyn OnlineStore> = match redis {
+            Some(config) => {
+                let store =
+                    crate::connectors::redis::RedisStore::connect(config, name, &sink.name, &sink.schema);
+                Arc::new(store.await?)
+            }
+            None => Arc::new(MemoryStore::new(Arc::clone(&sink.schema), sink.key.clone())?),
+        };
+        stores.push((node, store));
+    }
+    Ok(stores)
+}
+
+/// Raises the fence and returns how far the store had seen the source.
+async fn claim_online(store: &Arc<dyn OnlineStore>, generation: u64) -> Result<Positions> {
+    let fence = store.raise_fence(generation).await?;
+    if fence > generation {
+        return Err(Error::fenced(format!(
+            "the online store belongs to generation {fence}, this process has {generation}"
+        ))
+        .hint("Another state writes this sink; give the sink another prefix, or stop the other pipeline."));
+    }
+    Ok(store.open().await?.consumed)
+}
+
+#[cfg(feature = "delta")]
+type Tables = (BTreeMap<NodeId, DeltaCommitter>, Vec<NodeId>, u64);
+
+/// Opens the Delta sinks: committers, those whose table is to be created, and the largest epoch found.
+#[cfg(feature = "delta")]
+async fn tables(plan: &StreamPlan, name: &str, latest: Option<&Manifest>, state: &str) -> Result<Tables> {
+    let (mut committers, mut missing, mut newest) = (BTreeMap::new(), Vec::new(), 0);
+    let ours = latest.map(|manifest| manifest.state_id.to_string());
+    for (node, sink) in plan.sinks() {
+        let SinkKind::Delta(config) = &sink.kind else { continue };
+        let (committer, table) = DeltaCommitter::open(config, &sink.schema, name, &sink.name).await?;
+        newest = newest.max(table.last_epoch.unwrap_or(0));
+        if !table.exists {
+            missing.push(node);
+        } else if ours.is_none() || table.state_id != ours {
+            let message = format!(
+                "sink {}: the table {} already exists and belongs to another state than {state}",
+                sink.name, config.location
+            );
+            let hint = "Continue with the state that wrote it (--state, --name), write to another location, or remove \
+                        the table; rebuilding it from history comes with a later version.";
+            return Err(Error::user(message).hint(hint));
+        }
+        committers.insert(node, committer);
+    }
+    Ok((committers, missing, newest))
+}
+
+/// What a prepared commit says about progress, as Delta transactions.
+#[cfg(feature = "delta")]
+pub fn progress_of(commit: &PreparedCommit) -> CommitProgress {
+    let mut progress = CommitProgress { complete_until: commit.complete_until, ..CommitProgress::default() };
+    for source in commit.sources.values() {
+        let topic = |at: u16| source.topics.get(usize::from(at)).cloned().unwrap_or_default();
+        for p in &source.partitions {
+            progress.offsets.push((topic(p.topic), p.partition, p.next_offset));
+            progress.watermarks.extend(p.watermark.map(|at| (topic(p.topic), p.partition, at)));
+        }
+        progress.source_watermark = source.watermark;
+    }
+    progress
+}
+
+#[cfg(feature = "delta")]
+pub fn delta_files(commit: &PreparedCommit) -> Vec<DeltaFile> {
+    let file = |f: &crate::state::manifest::PreparedFile| DeltaFile {
+        path: f.path.clone(),
+        size: f.size,
+        rows: f.rows,
+        add: f.add.clone(),
+    };
+    commit.files.iter().map(file).collect()
+}
+
+#[cfg(feature = "delta")]
+async fn replay(
+    plan: &StreamPlan,
+    committers: &mut BTreeMap<NodeId, DeltaCommitter>,
+    commits: &[PreparedCommit],
+) -> Result<()> {
+    for commit in commits {
+        let Some((node, _)) = plan.sinks().find(|(_, sink)| sink.name == commit.sink) else { continue };
+        let Some(committer) = committers.get_mut(&node) else { continue };
+        let files = delta_files(commit);
+        let gone = committer.missing_files(&files).await?;
+        let done = match gone.is_empty() {
+            true => committer.commit(commit.epoch, &files, &progress_of(commit)).await?,
+            false if committer.is_done(commit.epoch).await? => {
+                crate::connectors::delta::Committed::AlreadyDone
+            }
+            false => {
+                let message = format!("sink {}: the prepared file {} is gone", commit.sink, gone[0]);
+                let hint = "A foreign VACUUM removed files of an unfinished commit; rebuilding comes with a later version.";
+                return Err(Error::external(message).hint(hint));
+            }
+        };
+        tracing::info!(sink = %commit.sink, epoch = commit.epoch, ?done, "replayed a prepared commit");
+    }
+    Ok(())
+}
+
+/// The state belongs to what the SQL said when it was written.
+fn check_fingerprints(plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
+    for (id, node) in plan.nodes.iter().enumerate() {
+        let Some(known) = manifest.fingerprints.get(&node.id) else { continue };
+        if *known != plan.fingerprint(id) {
+            let message = format!("{} is not what it was when the state was written", node.id);
+            let hint =
+                "Change the SQL back, or run the changed pipeline under another --name with other locations.";
+            return Err(Error::user(message).hint(hint));
+        }
+    }
+    Ok(())
+}
+
+/// Where each partition is read from: the manifest, else `scan_startup`; a new partition from its start.
+async fn positions(
+    manifest: &Manifest,
+    plan: &SourcePlan,
+    source: &dyn SourceConnector,
+    partitions: &[PartitionInfo],
+) -> Result<Positions> {
+    let Some(progress) = manifest.sources.get(&plan.name).filter(|p| !p.partitions.is_empty()) else {
+        return source.start_positions(partitions).await;
+    };
+    let stored = progress.positions(0);
+    let place = |p: &PartitionInfo| Place::new(0, p.topic, p.partition);
+    Ok(partitions.iter().map(|p| (place(p), stored.get(place(p)).unwrap_or(p.low))).collect())
+}
+
+/// State files of a node, decoded for each shard; `__group` is dropped.
+pub struct Restored {
+    /// By shard, in epoch order.
+    pub shards: Vec<Vec<RecordBatch>>,
+}
+
+/// # Errors
+/// External: a file is missing or damaged.
+pub async fn restore(world: &World, node: &str, kind: &str, shards: usize) -> Result<Restored> {
+    let mut files: Vec<_> =
+        world.manifest.files.iter().filter(|file| file.node == node && file.kind == kind).collect();
+    files.sort_by_key(|file| (file.epoch, file.path.as_str()));
+    let mut restored = Restored { shards: vec![Vec::new(); shards] };
+    for file in files {
+        let bytes = world.store.get_file(&file.path).await?;
+        for (shard, batches) in restored.shards.iter_mut().enumerate() {
+            for mut batch in
+                decode(bytes.clone(), groups_of(shard, shards)).map_err(|e| e.context(&file.path))?
+            {
+                batch.remove_column(0);
+                batches.push(batch);
+            }
+        }
+    }
+    Ok(restored)
+}
+
+/// Fingerprints of the nodes that have state.
+pub fn fingerprints(plan: &StreamPlan) -> BTreeMap<String, String> {
+    let stateful = |kind: &NodeKind| matches!(kind, NodeKind::Over(_) | NodeKind::Sink(_));
+    let nodes = plan.nodes.iter().enumerate().filter(|(_, node)| stateful(&node.kind));
+    nodes.map(|(id, node)| (node.id.clone(), plan.fingerprint(id))).collect()
+}
