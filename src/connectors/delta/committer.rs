@@ -396,14 +396,6 @@ impl DeltaCommitter {
         self.done(i64::try_from(epoch).map_err(|_| Error::internal("an epoch is out of range"))?)
     }
 
-    /// Whether an epoch is committed already.
-    ///
-    /// # Errors
-    /// External: the store failed.
-    pub async fn is_done(&mut self, epoch: u64) -> Result<bool> {
-        Ok(self.last_epoch().await?.is_some_and(|done| u64::try_from(done).is_ok_and(|done| done >= epoch)))
-    }
-
     /// Which of the prepared files are gone (a foreign VACUUM).
     ///
     /// # Errors

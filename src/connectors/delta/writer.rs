@@ -43,16 +43,12 @@ const UPLOADS: usize = 4;
 /// Writes the rows of one shard.
 pub struct DeltaWriter {
     config: DeltaConfig,
-    located: Located,
+    uploads: Arc<Uploads>,
     /// Columns of the rows in the types of the table.
     stored: SchemaRef,
     /// Columns inside the files: all but the partition columns.
     inside: Vec<usize>,
     inside_schema: SchemaRef,
-    /// Names of the partition columns.
-    names: Vec<String>,
-    /// Generation and shard, for file names.
-    tag: String,
     properties: WriterProperties,
     converter: Option<RowConverter>,
     /// By the partition values; `None` when the table has no partitions.
@@ -63,6 +59,17 @@ pub struct DeltaWriter {
     uploaded: Vec<PreparedFile>,
     /// Number of the next file, for file names.
     number: usize,
+}
+
+/// Where closed files go; apart from the encoders, which no two threads may look at.
+struct Uploads {
+    located: Located,
+    location: String,
+    codec: Codec,
+    /// Names of the partition columns.
+    names: Vec<String>,
+    /// Generation and shard, for file names.
+    tag: String,
     clock: Clock,
 }
 
@@ -98,14 +105,14 @@ impl DeltaWriter {
             (0..stored.fields().len()).filter(|c| !names.contains(stored.field(*c).name())).collect();
         let inside_schema = Arc::new(stored.project(&inside)?);
         let properties = properties(config.codec, &inside_schema)?;
+        let (location, codec) = (config.location.clone(), config.codec);
+        let uploads = Arc::new(Uploads { located, location, codec, names, tag, clock: Clock });
         Ok(Self {
             config,
-            located,
+            uploads,
             stored,
             inside,
             inside_schema,
-            names,
-            tag,
             properties,
             converter: None,
             open: HashMap::new(),
@@ -114,7 +121,6 @@ impl DeltaWriter {
             closed_bytes: 0,
             uploaded: Vec::new(),
             number: 0,
-            clock: Clock,
         })
     }
 
@@ -269,7 +275,8 @@ impl DeltaWriter {
     pub async fn upload(&mut self, epoch: u64) -> Result<()> {
         let closed = std::mem::take(&mut self.closed);
         self.closed_bytes = 0;
-        let puts = closed.into_iter().map(|file| self.put(epoch, file));
+        let uploads = Arc::clone(&self.uploads);
+        let puts = closed.into_iter().map(|file| uploads.put(epoch, file));
         let files: Vec<PreparedFile> = futures::stream::iter(puts).buffered(UPLOADS).try_collect().await?;
         self.uploaded.extend(files);
         Ok(())
@@ -287,13 +294,15 @@ impl DeltaWriter {
         self.number = 0;
         Ok(std::mem::take(&mut self.uploaded))
     }
+}
 
+impl Uploads {
     async fn put(&self, epoch: u64, file: ClosedFile) -> Result<PreparedFile> {
         let ClosedFile { values, bytes, rows, stats, number } = file;
         let named = || self.names.iter().zip(&values);
         let folders: String = named().map(|(name, value)| folder(name, value.as_deref())).collect();
         let (id, tag) = (uuid::Uuid::new_v4(), &self.tag);
-        let ending = match self.config.codec {
+        let ending = match self.codec {
             Codec::Snappy => "snappy.parquet",
             Codec::Zstd => "zstd.parquet",
             Codec::None => "parquet",
@@ -303,7 +312,7 @@ impl DeltaWriter {
             Path::parse(&path).map_err(|e| Error::internal(format!("{path} is no path")).because(e))?;
         let size = bytes.len() as u64;
         self.located.store.put(&target, PutPayload::from_bytes(bytes)).await.map_err(|error| {
-            Error::external(format!("a file of {} cannot be written", self.config.location))
+            Error::external(format!("a file of {} cannot be written", self.location))
                 .because(error)
                 .hint("Check that the store has room and that the credentials may write there.")
         })?;
