@@ -1,11 +1,13 @@
 //! Locations → object stores: a local path, `file://…`, `s3://bucket/prefix`.
 //!
 //! S3 credentials come by the usual chain of `AWS_*` variables; `AWS_ENDPOINT_URL` names another server, which is then
-//! addressed path-style. Manifests and Delta commits need its conditional PUT.
+//! addressed path-style. Manifests and Delta commits need its conditional PUT, which is on by default.
 
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures::StreamExt;
 use object_store::ObjectStore;
 use object_store::aws::AmazonS3Builder;
 use object_store::local::LocalFileSystem;
@@ -15,6 +17,9 @@ use url::Url;
 
 use crate::error::{Error, Result};
 
+/// How long a store may take to give its first answer, retries included.
+const PROBE_TIME_OUT: Duration = Duration::from_secs(15);
+
 /// A store rooted at a location.
 #[derive(Debug, Clone)]
 pub struct Located {
@@ -23,24 +28,58 @@ pub struct Located {
     pub url: Url,
 }
 
+/// What a location says, without touching anything.
+enum Location {
+    Local(PathBuf),
+    Bucket(Url),
+}
+
+fn parse(location: &str) -> Result<Location> {
+    match scheme(location) {
+        None => Ok(Location::Local(PathBuf::from(location))),
+        Some("file") => {
+            let path = Url::parse(location).ok().and_then(|url| url.to_file_path().ok());
+            // `file://./lake` is no URL of a path, but what is meant is clear.
+            let path = path.unwrap_or_else(|| PathBuf::from(location.trim_start_matches("file://")));
+            Ok(Location::Local(path))
+        }
+        Some("s3") => {
+            let url = Url::parse(location).ok().filter(Url::has_host);
+            url.map(Location::Bucket).ok_or_else(|| {
+                Error::user(format!("{location} is no location")).hint("Write s3://bucket/prefix.")
+            })
+        }
+        Some(other) => {
+            let hint = "Give a local path or s3://bucket/prefix.";
+            Err(Error::user(format!("{location}: the scheme {other} is not known")).hint(hint))
+        }
+    }
+}
+
 /// Opens a location; a local folder is created.
 ///
 /// # Errors
 /// User: a scheme that is not known. External: a folder that cannot be made, S3 settings that are missing.
 pub fn open(location: &str) -> Result<Located> {
-    match scheme(location) {
-        Some("s3") => {
-            let url = Url::parse(location)
-                .map_err(|e| Error::user(format!("{location} is no location")).because(e))?;
+    match parse(location)? {
+        Location::Local(path) => local(&path),
+        Location::Bucket(url) => {
             let store = bucket(&url)?;
-            let prefix = Path::from(url.path().trim_start_matches('/'));
+            let prefix = Path::from_url_path(url.path())
+                .map_err(|e| Error::user(format!("{location} is no location")).because(e))?;
             Ok(Located { store: Arc::new(PrefixStore::new(store, prefix)), url })
         }
-        None | Some("file") => local(&local_path(location)),
-        Some(other) => {
-            let hint = "Give a local path or s3://bucket/prefix.";
-            Err(Error::user(format!("{location}: the scheme {other} is not known")).hint(hint))
-        }
+    }
+}
+
+/// The same without creating anything; `None` when a local folder is not there. For reading.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn open_existing(location: &str) -> Result<Option<Located>> {
+    match parse(location)? {
+        Location::Local(path) if !path.is_dir() => Ok(None),
+        _ => open(location).map(Some),
     }
 }
 
@@ -49,31 +88,43 @@ pub fn open(location: &str) -> Result<Located> {
 /// # Errors
 /// External: settings that are missing.
 pub fn bucket(url: &Url) -> Result<Arc<dyn ObjectStore>> {
-    let mut builder = AmazonS3Builder::from_env().with_url(url.as_str());
     #[expect(clippy::disallowed_methods, reason = "the usual chain of S3 settings is the environment")]
-    if let Ok(endpoint) = std::env::var("AWS_ENDPOINT_URL") {
+    let endpoint = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]
+        .iter()
+        .find_map(|name| std::env::var(name).ok());
+    let mut builder = AmazonS3Builder::from_env().with_url(url.as_str());
+    if let Some(endpoint) = endpoint {
         let plain = endpoint.starts_with("http://");
-        builder =
-            builder.with_endpoint(endpoint).with_virtual_hosted_style_request(false).with_allow_http(plain);
+        builder = builder
+            .with_endpoint(endpoint.trim_end_matches('/'))
+            .with_virtual_hosted_style_request(false)
+            .with_allow_http(plain);
     }
     let store = builder.build().map_err(|error| {
-        let hint = "Set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and, for another server, AWS_ENDPOINT_URL.";
+        let hint = "Set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and, for another server, \
+                    AWS_ENDPOINT_URL.";
         Error::external(format!("{url} cannot be opened")).because(error).hint(hint)
     })?;
     Ok(Arc::new(store))
 }
 
-/// Whether the store answers: lists nothing in particular.
+/// Whether the store answers: lists nothing in particular. Gives up after 15 seconds.
 ///
 /// # Errors
 /// External, with the location and what to look at.
 pub async fn probe(located: &Located) -> Result<()> {
-    use futures::StreamExt;
-    match located.store.list(Some(&Path::from("__probe"))).next().await {
-        None | Some(Ok(_)) => Ok(()),
-        Some(Err(error)) => {
-            let hint = "Check that the server runs, the bucket exists and the credentials are right.";
-            Err(Error::external(format!("{} cannot be reached", located.url)).because(error).hint(hint))
+    let unreachable = || {
+        let hint = "Check that the server runs, the bucket exists and the credentials are right \
+                    (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION).";
+        Error::external(format!("{} cannot be reached", located.url)).hint(hint)
+    };
+    let nowhere = Path::from("__probe");
+    let mut listing = located.store.list(Some(&nowhere));
+    match tokio::time::timeout(PROBE_TIME_OUT, listing.next()).await {
+        Ok(None | Some(Ok(_))) => Ok(()),
+        Ok(Some(Err(error))) => Err(unreachable().because(error)),
+        Err(_) => {
+            Err(unreachable().because(format!("no answer within {} seconds", PROBE_TIME_OUT.as_secs())))
         }
     }
 }
@@ -96,19 +147,12 @@ fn scheme(location: &str) -> Option<&str> {
     location.split_once("://").map(|(scheme, _)| scheme)
 }
 
-fn local_path(location: &str) -> PathBuf {
-    PathBuf::from(location.strip_prefix("file://").unwrap_or(location))
-}
-
-/// Makes a local state folder that only its owner may read.
+/// Makes a local state folder that only its owner may read; does nothing for a bucket.
 ///
 /// # Errors
 /// External: the folder cannot be made.
 pub fn private(location: &str) -> Result<()> {
-    if scheme(location).is_some_and(|scheme| scheme != "file") {
-        return Ok(());
-    }
-    let path = local_path(location);
+    let Location::Local(path) = parse(location)? else { return Ok(()) };
     let made = std::fs::create_dir_all(&path);
     #[cfg(unix)]
     let made = made.and_then(|()| {
@@ -116,6 +160,49 @@ pub fn private(location: &str) -> Result<()> {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700))
     });
     made.map_err(|error| {
-        Error::external(format!("the folder {} cannot be made", path.display())).because(error)
+        let hint = "Choose another --state folder, one that this user may write to.";
+        Error::external(format!("the folder {} cannot be made", path.display())).because(error).hint(hint)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::{ObjectStoreExt, PutMode, PutOptions};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn local_locations_are_made_and_put_is_conditional() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a b/lake").to_string_lossy().into_owned();
+        assert!(open_existing(&path).unwrap().is_none());
+        assert!(!folder.path().join("a b").exists(), "looking must not make a folder");
+        let by_path = open(&path).unwrap();
+        let by_url = open(Url::from_file_path(&path).unwrap().as_str()).unwrap();
+        assert_eq!(by_path.url, by_url.url);
+        probe(&by_path).await.unwrap();
+        let name = Path::from("x/y");
+        let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        by_path.store.put_opts(&name, "1".into(), create.clone()).await.unwrap();
+        let second = by_url.store.put_opts(&name, "2".into(), create).await;
+        assert!(matches!(second, Err(object_store::Error::AlreadyExists { .. })));
+        assert_eq!(by_url.store.get(&name).await.unwrap().bytes().await.unwrap(), "1");
+    }
+
+    #[test]
+    fn bad_locations_are_refused() {
+        let error = open("gs://bucket/x").unwrap_err();
+        assert!(error.message().contains("gs"), "{error}");
+        assert!(open("s3://").unwrap_err().hint_text().unwrap().contains("s3://bucket"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_private_folder_is_private() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        private(&path.to_string_lossy()).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+    }
 }

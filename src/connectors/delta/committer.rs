@@ -1,29 +1,46 @@
 //! Commits of one Delta sink, each once.
 //!
+//! A commit is one conditional PUT of the next log entry; nothing is listed, re-read or re-built on the way, so its
+//! cost does not grow with the table. Rows are only ever appended, so an entry that somebody else put there first
+//! (OPTIMIZE, a foreign append) cannot conflict with ours: we read it and go on behind it, unless it changed what the
+//! table is (schema, properties, protocol: the table is loaded and checked again) or committed our own epoch.
+//!
 //! "The transaction version is ≥ N" means that epoch N is committed, but only under the state's own id, which the
-//! table carries as property `millstream.state`. delta-rs does not refuse a version that is already there; the check
-//! is ours, and it is made again after every reload. The snapshot is private: nothing else refreshes it.
+//! table carries as property `millstream.state`. No Delta library refuses a version that is already there; the check
+//! is ours, and every entry that we had not seen goes through it. What we know of the log is private: nothing else
+//! refreshes it.
 
 use std::time::Duration;
 
 use arrow::datatypes::SchemaRef;
-use deltalake_core::DeltaTable;
+use bytes::Bytes;
+use deltalake_core::kernel::StructType;
 use deltalake_core::kernel::engine::arrow_conversion::TryIntoKernel;
-use deltalake_core::kernel::transaction::{CommitBuilder, CommitProperties};
-use deltalake_core::kernel::{Action, Add, StructType, Transaction};
-use deltalake_core::operations::create::CreateBuilder;
-use deltalake_core::protocol::{DeltaOperation, OutputMode};
+use deltalake_core::kernel::transaction::{PROTOCOL, TransactionError};
+use deltalake_core::logstore::{CommitOrBytes, LogStoreRef, commit_uri_from_version};
+use deltalake_core::table::state::DeltaTableState;
+use deltalake_core::{DeltaTable, DeltaTableError};
+use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, path::Path};
 
 use super::PreparedFile;
-use super::config::{DeltaConfig, Transform};
+use super::config::DeltaConfig;
+use super::log::{commit_entry, create_entry, read_entry};
 use super::store::{failed, table};
-use crate::connectors::files::{Located, open};
-use crate::error::{Error, Result};
+use crate::connectors::files::{Located, open, probe};
+use crate::error::{Domain, Error, Result};
+use crate::stream::clock::Clock;
 
 /// Table property with the id of the state that owns the table.
 pub const STATE_PROPERTY: &str = "millstream.state";
+/// Tries of one commit; the waits between them add up to about 12 s.
 const ATTEMPTS: u32 = 8;
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// Others that may be ahead of us in one attempt before it counts as failed.
+const MAX_OVERTAKEN: u32 = 100;
+/// Requests at the same time when prepared files are looked up.
+const HEADS: usize = 16;
 
 /// What a commit covers besides its files; written as transaction actions.
 #[derive(Debug, Clone, Default)]
@@ -35,14 +52,21 @@ pub struct CommitProgress {
     pub source_watermark: Option<i64>,
     /// µs: no row with a time column below it will be appended.
     pub complete_until: Option<i64>,
+    /// Generation of the process that prepared the commit.
+    pub generation: Option<u64>,
 }
 
 /// The table as it was found.
 #[derive(Debug, Clone, Default)]
 pub struct TableState {
     pub exists: bool,
+    /// The state that owns the table; `None` when it is not a table of ours.
     pub state_id: Option<String>,
+    /// Newest epoch of this sink in it. Says something only under our own state id.
     pub last_epoch: Option<u64>,
+    pub max_generation: Option<u64>,
+    /// Newest version of the table.
+    pub version: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,90 +75,147 @@ pub enum Committed {
     Version(u64),
 }
 
+/// # Constraints
+/// `create` before the first `commit` when the table did not exist at `open`; epochs rise.
 pub struct DeltaCommitter {
     config: DeltaConfig,
     schema: SchemaRef,
     app: String,
     located: Located,
-    table: DeltaTable,
-    /// Transaction version of `app` in the snapshot; `None` when it must be read again.
-    known: Option<i64>,
+    pub(super) log: LogStoreRef,
+    /// `None`: the table does not exist yet.
+    tip: Option<Tip>,
+    /// It existed and was removed: trying again is pointless.
+    gone: bool,
+    /// The state whose commits these are; another one in the table means that it was taken over.
+    owner: Option<String>,
+    clock: Clock,
+}
+
+/// What we know of the log's end.
+struct Tip {
+    version: u64,
+    /// Transaction version of our application.
+    epoch: Option<i64>,
+    state_id: Option<String>,
+}
+
+/// How one PUT ended.
+enum Put {
+    Done(u64),
+    /// Another entry has that version; it was read.
+    Overtaken,
 }
 
 impl DeltaCommitter {
     /// Opens the table if it exists. `rows`: schema of the rows written.
     ///
     /// # Errors
-    /// User: the table has other columns. External: the store failed.
+    /// User: the table has other columns, or features under which we may not write. External: the store failed.
     pub async fn open(
         config: &DeltaConfig,
         rows: &SchemaRef,
         pipeline: &str,
         sink: &str,
     ) -> Result<(Self, TableState)> {
-        let located = open(&config.location)?;
-        crate::connectors::files::probe(&located).await?;
         let schema = config.table_schema(rows)?;
-        let app = format!("{pipeline}/{sink}");
-        let table = table(&config.location)?;
-        let mut committer = Self { config: config.clone(), schema, app, located, table, known: None };
-        if !committer.exists().await? {
-            return Ok((committer, TableState::default()));
-        }
-        committer.reload().await?;
-        committer.check_schema()?;
-        let state = TableState {
-            exists: true,
-            state_id: committer.property(),
-            last_epoch: committer.last_epoch().await?.and_then(|epoch| u64::try_from(epoch).ok()),
-        };
+        let located = open(&config.location)?;
+        probe(&located).await?;
+        let (log, app) = (table(&config.location)?.log_store(), format!("{pipeline}/{sink}"));
+        let (config, clock) = (config.clone(), Clock);
+        let mut committer =
+            Self { config, schema, app, located, log, tip: None, gone: false, owner: None, clock };
+        let state = committer.load().await?;
+        committer.owner.clone_from(&state.state_id);
         Ok((committer, state))
     }
 
-    async fn exists(&self) -> Result<bool> {
-        self.table.verify_deltatable_existence().await.map_err(|error| failed(&self.config.location, error))
-    }
-
-    async fn reload(&mut self) -> Result<()> {
-        self.known = None;
-        self.table.update_state().await.map_err(|error| failed(&self.config.location, error))
-    }
-
-    fn property(&self) -> Option<String> {
-        let state = self.table.snapshot().ok()?;
-        state.metadata().configuration().get(STATE_PROPERTY).cloned()
-    }
-
-    /// Reads the transaction version, which replays the log: at start and after a reload only.
-    async fn last_epoch(&mut self) -> Result<Option<i64>> {
-        if self.known.is_none() {
-            let state = self.table.snapshot().map_err(|error| failed(&self.config.location, error))?;
-            let log = self.table.log_store();
-            let found = state.snapshot().transaction_version(log.as_ref(), &self.app).await;
-            self.known = found.map_err(|error| failed(&self.config.location, error))?;
+    /// Reads the whole log: at the start, and when somebody changed what the table is.
+    async fn load(&mut self) -> Result<TableState> {
+        let fail = |error: DeltaTableError| failed(&self.config.location, error);
+        let mut table = DeltaTable::new(self.log.clone());
+        self.tip = None;
+        if !table.verify_deltatable_existence().await.map_err(fail)? {
+            return Ok(TableState::default());
         }
-        Ok(self.known)
+        table.load().await.map_err(fail)?;
+        let snapshot = table.snapshot().map_err(fail)?;
+        self.check(snapshot)?;
+        let log = self.log.as_ref();
+        let epoch = snapshot.transaction_version(log, &self.app).await.map_err(fail)?;
+        let generation = format!("{}/generation", self.app);
+        let generation = snapshot.transaction_version(log, generation).await.map_err(fail)?;
+        let state_id = snapshot.metadata().configuration().get(STATE_PROPERTY).cloned();
+        let version = snapshot.version();
+        self.tip = Some(Tip { version, epoch, state_id: state_id.clone() });
+        Ok(TableState {
+            exists: true,
+            state_id,
+            last_epoch: epoch.and_then(|epoch| u64::try_from(epoch).ok()),
+            max_generation: generation.and_then(|generation| u64::try_from(generation).ok()),
+            version: Some(version),
+        })
     }
 
-    fn check_schema(&self) -> Result<()> {
-        let state = self.table.snapshot().map_err(|error| failed(&self.config.location, error))?;
-        let wanted: StructType = self.kernel_schema()?;
+    /// Whether our files fit into the table.
+    fn check(&self, state: &DeltaTableState) -> Result<()> {
+        let location = &self.config.location;
+        let unsupported = |what: String| {
+            let hint = "Write to another location, or drop that feature from the table.";
+            Error::user(format!("the Delta table {location} has {what}, which a sink cannot keep")).hint(hint)
+        };
+        PROTOCOL
+            .can_write_to(state)
+            .map_err(|error| unsupported("unknown features".into()).because(error))?;
+        let kept = |(key, value): &(&String, &String)| {
+            key.starts_with("delta.constraints.") || (*key == "delta.columnMapping.mode" && *value != "none")
+        };
+        if let Some((key, _)) = state.metadata().configuration().iter().find(kept) {
+            return Err(unsupported(key.clone()));
+        }
+        let found = state.schema();
+        let rules = ["delta.generationExpression", "delta.invariants", "delta.identity.start"];
+        let ruled = found.fields().find(|f| rules.iter().any(|rule| f.metadata().contains_key(*rule)));
+        if let Some(field) = ruled {
+            return Err(unsupported(format!("a rule on column {}", field.name())));
+        }
+        self.check_columns(found.as_ref(), state.metadata().partition_columns())
+    }
+
+    fn check_columns(&self, found: &StructType, partitions: &[String]) -> Result<()> {
+        let location = &self.config.location;
         let describe = |schema: &StructType| -> Vec<String> {
             schema.fields().map(|field| format!("{} {}", field.name(), field.data_type())).collect()
         };
-        let (found, wanted) = (describe(state.schema().as_ref()), describe(&wanted));
-        if found == wanted {
-            return Ok(());
+        let hint = "Write to another location, or change the SQL back.";
+        let (found, wanted) = (describe(found), describe(&self.kernel_schema()?));
+        if found != wanted {
+            let only = |of: &[String], other: &[String]| {
+                of.iter().filter(|c| !other.contains(c)).cloned().collect::<Vec<_>>().join(", ")
+            };
+            let (missing, extra) = (only(&wanted, &found), only(&found, &wanted));
+            let message = match missing.is_empty() && extra.is_empty() {
+                true => format!(
+                    "the Delta table {location} has its columns in another order: {}",
+                    found.join(", ")
+                ),
+                false => format!(
+                    "the Delta table {location} has other columns: the sink writes [{missing}], the table has \
+                     [{extra}] instead"
+                ),
+            };
+            return Err(Error::user(message).hint(hint));
         }
-        let missing: Vec<&str> = wanted.iter().filter(|c| !found.contains(c)).map(String::as_str).collect();
-        let extra: Vec<&str> = found.iter().filter(|c| !wanted.contains(c)).map(String::as_str).collect();
-        let message = format!(
-            "the Delta table {} has other columns: the sink writes [{}], the table has [{}] instead",
-            self.config.location,
-            missing.join(", "),
-            extra.join(", ")
-        );
-        Err(Error::user(message).hint("Write to another location, or change the SELECT list back."))
+        let wanted = self.config.partition_names();
+        if wanted != partitions {
+            let message = format!(
+                "the Delta table {location} is partitioned by [{}], the sink says [{}]",
+                partitions.join(", "),
+                wanted.join(", ")
+            );
+            return Err(Error::user(message).hint(hint));
+        }
+        Ok(())
     }
 
     fn kernel_schema(&self) -> Result<StructType> {
@@ -146,130 +227,173 @@ impl DeltaCommitter {
         })
     }
 
-    /// Creates the table, without rows, as the property of the state `state_id`.
+    /// Creates the table, in a commit without rows, as the property of the state `state_id`.
     ///
     /// # Errors
-    /// External: the store failed, or somebody else created the table meanwhile.
+    /// External: the store failed, or another state created the table meanwhile.
     pub async fn create(&mut self, state_id: &str) -> Result<()> {
-        let schema = self.kernel_schema()?;
-        let partitions = self.config.partition_by.iter().map(|part| match part.transform {
-            Transform::Identity => part.column.clone(),
-            _ => part.name(),
-        });
-        let created = CreateBuilder::new()
-            .with_log_store(self.table.log_store())
-            .with_columns(schema.fields().cloned())
-            .with_partition_columns(partitions)
-            .with_configuration([(STATE_PROPERTY.to_owned(), Some(state_id.to_owned()))])
-            .with_raise_if_key_not_exists(false)
-            .await;
-        match created {
-            Ok(table) => {
-                self.table = table;
-                self.known = None;
-                Ok(())
-            }
-            Err(error) => {
-                self.reload().await?;
-                match self.property().as_deref() == Some(state_id) {
-                    true => Ok(()),
-                    false => Err(failed(&self.config.location, error)),
-                }
-            }
+        self.owner = Some(state_id.to_owned());
+        let names = self.config.partition_names();
+        let entry = create_entry(&self.kernel_schema()?, &names, state_id, self.clock.unix_millis())?;
+        let put = match &self.tip {
+            Some(_) => Err(TransactionError::VersionAlreadyExists(0)),
+            None => self.put(0, entry).await,
+        };
+        let Err(error) = put else {
+            self.tip = Some(Tip { version: 0, epoch: None, state_id: self.owner.clone() });
+            return Ok(());
+        };
+        // It exists, or the answer was lost on its way.
+        let state = self.load().await?;
+        if !state.exists {
+            return Err(failed(&self.config.location, error.into()));
         }
+        if state.state_id != self.owner {
+            let message =
+                format!("the Delta table {} was created by somebody else meanwhile", self.config.location);
+            let hint = "Write to another location, or stop the other pipeline and remove its table.";
+            return Err(Error::external(message).hint(hint));
+        }
+        Ok(())
+    }
+
+    async fn put(&self, version: u64, entry: Bytes) -> Result<(), TransactionError> {
+        let id = uuid::Uuid::new_v4();
+        self.log.write_commit_entry(version, CommitOrBytes::LogBytes(entry), id).await
     }
 
     /// Adds the files under this epoch unless that is already done.
     ///
     /// # Errors
-    /// External: the store failed again and again. The commit may have landed; repeating it is safe.
+    /// Fenced: the table belongs to another state now. User: the table was changed so that our rows do not fit.
+    /// External: the store failed again and again; the commit may have landed, repeating it is safe.
     pub async fn commit(
         &mut self,
         epoch: u64,
         files: &[PreparedFile],
         progress: &CommitProgress,
     ) -> Result<Committed> {
-        let version = i64::try_from(epoch).map_err(|_| Error::internal("an epoch is out of range"))?;
-        let mut wait = Duration::from_millis(50);
-        let mut last = None;
-        for attempt in 0..ATTEMPTS {
-            if attempt > 0 {
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(Duration::from_secs(5));
-                if let Err(error) = self.reload().await {
-                    last = Some(error);
-                    continue;
+        let number = i64::try_from(epoch).map_err(|_| Error::internal("an epoch is out of range"))?;
+        let entry = commit_entry(&self.app, number, files, progress, self.clock.unix_millis());
+        let mut wait = FIRST_WAIT;
+        for attempt in 1.. {
+            match self.attempt(epoch, number, &entry).await {
+                Ok(committed) => return Ok(committed),
+                Err(error) if self.gone || error.domain() != Domain::External || attempt >= ATTEMPTS => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    let table = &self.config.location;
+                    tracing::warn!(%table, epoch, attempt, %error, "a commit failed, trying again");
                 }
             }
-            if self.last_epoch().await?.is_some_and(|done| done >= version) {
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(LONGEST_WAIT);
+        }
+        Err(Error::internal("a commit ran out of attempts"))
+    }
+
+    async fn attempt(&mut self, epoch: u64, number: i64, entry: &Bytes) -> Result<Committed> {
+        self.at_end().await?;
+        for _ in 0..MAX_OVERTAKEN {
+            if self.done(number)? {
                 return Ok(Committed::AlreadyDone);
             }
-            match self.try_commit(version, files, progress).await {
-                Ok(committed) => return Ok(Committed::Version(committed)),
-                Err(error) => {
-                    tracing::warn!(table = %self.config.location, epoch, %error, "a commit failed, trying again");
-                    last = Some(error);
+            if let Put::Done(version) = self.append(entry).await? {
+                if let Some(tip) = &mut self.tip {
+                    (tip.version, tip.epoch) = (version, Some(number));
                 }
+                return Ok(Committed::Version(version));
             }
         }
-        Err(last.unwrap_or_else(|| Error::internal("a commit was not tried")))
+        let message = format!("others commit to {} all the time", self.config.location);
+        Err(Error::external(format!("{message}: epoch {epoch} found no place")))
     }
 
-    async fn try_commit(
-        &mut self,
-        version: i64,
-        files: &[PreparedFile],
-        progress: &CommitProgress,
-    ) -> Result<u64> {
-        let location = self.config.location.clone();
-        let adds = files.iter().map(|file| {
-            let add: Add = serde_json::from_value(file.add.clone()).map_err(|e| {
-                Error::internal(format!("the prepared file {} is no add action", file.path)).because(e)
-            })?;
-            Ok(Action::Add(add))
-        });
-        let actions = adds.collect::<Result<Vec<_>>>()?;
-        let properties = CommitProperties::default()
-            .with_application_transactions(self.transactions(version, progress))
-            .with_create_checkpoint(false)
-            .with_cleanup_expired_logs(Some(false));
-        let operation = DeltaOperation::StreamingUpdate {
-            output_mode: OutputMode::Append,
-            query_id: self.app.clone(),
-            epoch_id: version,
-        };
-        let state = self.table.snapshot().map_err(|error| failed(&location, error))?;
-        let commit = CommitBuilder::from(properties).with_actions(actions);
-        let done = commit.build(Some(state.snapshot()), self.table.log_store(), operation).await;
-        let done = done.map_err(|error| failed(&location, error))?;
-        let committed = done.version();
-        self.table.state = Some(done.snapshot());
-        self.known = Some(version);
-        Ok(committed as u64)
+    /// Makes sure that the entry that we know as the last still exists: a table that was removed, or whose log was
+    /// cleaned up while this process slept, must not be written to by version number alone.
+    async fn at_end(&mut self) -> Result<()> {
+        // Without a tip a load failed half-way.
+        let Some(tip) = &self.tip else { return self.load_existing().await };
+        let last = commit_uri_from_version(Some(tip.version));
+        match self.log.object_store(None).head(&last).await {
+            Ok(_) => Ok(()),
+            Err(object_store::Error::NotFound { .. }) => self.load_existing().await,
+            Err(error) => Err(failed(&self.config.location, error.into())),
+        }
     }
 
-    fn transactions(&self, version: i64, progress: &CommitProgress) -> Vec<Transaction> {
-        let app = &self.app;
-        let mut all = vec![Transaction::new(app, version)];
-        let offset = |(topic, p, next): &(String, i32, i64)| {
-            Transaction::new(format!("{app}/offset/{topic}/{p}"), *next)
+    async fn load_existing(&mut self) -> Result<()> {
+        match self.load().await?.exists {
+            true => Ok(()),
+            false => {
+                self.gone = true;
+                let message = format!("the Delta table {} is gone", self.config.location);
+                let hint =
+                    "Somebody removed it while the pipeline ran; start the pipeline under a new state.";
+                Err(Error::external(message).hint(hint))
+            }
+        }
+    }
+
+    /// Whether an epoch is committed, by what we know.
+    fn done(&self, number: i64) -> Result<bool> {
+        let (Some(tip), Some(_)) = (&self.tip, &self.owner) else {
+            let message = format!("the Delta table {} was not created by a state", self.config.location);
+            return Err(Error::internal(message));
         };
-        all.extend(progress.offsets.iter().map(offset));
-        let mark = |(topic, p, at): &(String, i32, i64)| {
-            Transaction::new(format!("{app}/watermark/{topic}/{p}"), *at)
+        if tip.state_id != self.owner {
+            let message = format!("the Delta table {} belongs to another state now", self.config.location);
+            let hint = "Another pipeline rebuilt it. Stop one of the two, or give them different locations.";
+            return Err(Error::fenced(message).hint(hint));
+        }
+        Ok(tip.epoch.is_some_and(|epoch| epoch >= number))
+    }
+
+    async fn append(&mut self, entry: &Bytes) -> Result<Put> {
+        let Some(tip) = &self.tip else { return Err(Error::internal("a Delta table is not loaded")) };
+        let version = tip.version + 1;
+        let error = match self.put(version, entry.clone()).await {
+            Ok(()) => return Ok(Put::Done(version)),
+            Err(error) => error,
         };
-        all.extend(progress.watermarks.iter().map(mark));
-        all.extend(progress.source_watermark.map(|at| Transaction::new(format!("{app}/watermark"), at)));
-        all.extend(progress.complete_until.map(|at| Transaction::new(format!("{app}/complete_until"), at)));
-        all
+        // Whatever went wrong, the log says what holds: our own entry may be there (a PUT whose answer was lost).
+        let found = self.log.read_commit_entry(version).await;
+        match (found.map_err(|e| failed(&self.config.location, e))?, error) {
+            (Some(found), _) if found == *entry => Ok(Put::Done(version)),
+            (Some(found), _) => {
+                self.follow(version, &found).await?;
+                Ok(Put::Overtaken)
+            }
+            // It exists and cannot be read: the log was cleaned up behind our back.
+            (None, TransactionError::VersionAlreadyExists(_)) => {
+                self.load_existing().await?;
+                Ok(Put::Overtaken)
+            }
+            (None, error) => Err(failed(&self.config.location, error.into())),
+        }
+    }
+
+    /// Takes over what another entry says.
+    async fn follow(&mut self, version: u64, entry: &[u8]) -> Result<()> {
+        let seen = read_entry(entry, &self.app).map_err(|e| e.context(&self.config.location))?;
+        if seen.changed {
+            return self.load_existing().await;
+        }
+        if let Some(tip) = &mut self.tip {
+            tip.version = version;
+            tip.epoch = seen.epoch.or(tip.epoch);
+        }
+        Ok(())
     }
 
     /// Whether an epoch is committed already.
     ///
     /// # Errors
-    /// External: the store failed.
+    /// Fenced: the table belongs to another state now. External: the store failed.
     pub async fn is_done(&mut self, epoch: u64) -> Result<bool> {
-        Ok(self.last_epoch().await?.is_some_and(|done| u64::try_from(done).is_ok_and(|done| done >= epoch)))
+        self.load_existing().await?;
+        self.done(i64::try_from(epoch).map_err(|_| Error::internal("an epoch is out of range"))?)
     }
 
     /// Which of the prepared files are gone (a foreign VACUUM).
@@ -277,15 +401,30 @@ impl DeltaCommitter {
     /// # Errors
     /// External: the store failed.
     pub async fn missing_files(&self, files: &[PreparedFile]) -> Result<Vec<String>> {
-        let mut missing = Vec::new();
-        for file in files {
-            let path = Path::parse(&file.path).map_err(|e| Error::internal(file.path.clone()).because(e))?;
+        let heads = files.iter().map(|file| async move {
+            let path = Path::parse(&file.path)
+                .map_err(|e| Error::internal(format!("{} is no path", file.path)).because(e))?;
             match self.located.store.head(&path).await {
-                Ok(_) => {}
-                Err(object_store::Error::NotFound { .. }) => missing.push(file.path.clone()),
-                Err(error) => return Err(error.into()),
+                Ok(_) => Ok(None),
+                Err(object_store::Error::NotFound { .. }) => Ok(Some(file.path.clone())),
+                Err(error) => Err(failed(&self.config.location, error.into())),
             }
-        }
-        Ok(missing)
+        });
+        let found: Vec<Option<String>> = futures::stream::iter(heads).buffered(HEADS).try_collect().await?;
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    /// Writes a checkpoint of the newest version, for readers. Slow and off the commit path; see
+    /// [`super::table::checkpoint`], which a task in the background can call while commits go on.
+    ///
+    /// # Errors
+    /// External: the store failed. Nothing is lost then.
+    pub async fn checkpoint(&self) -> Result<u64> {
+        super::table::checkpoint(&self.config.location).await
+    }
+
+    /// Newest version of the table that this committer knows.
+    pub fn version(&self) -> Option<u64> {
+        self.tip.as_ref().map(|tip| tip.version)
     }
 }

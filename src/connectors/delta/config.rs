@@ -1,14 +1,19 @@
-//! Options of a Delta sink and how its rows are partitioned.
+//! Options of a Delta sink, the columns of its table, and the types that Delta can hold.
+//!
+//! The table has the columns of the rows, then those that `partition_by` makes of them (`day(t)` → DATE `t_day`).
+//! Every column is nullable in the table: a NOT NULL of today's SQL must not forbid tomorrow's rows.
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray, RecordBatch, TimestampMicrosecondArray};
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimestampMicrosecondType};
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 
+use super::partition::{Partitioning, Transform, parse_list};
 use crate::error::{Error, Result};
-use crate::sql::options::Options;
+use crate::sql::options::{Options, nearest};
 use crate::stream::timestamp_type;
+
+/// Characters that a column name of a Delta table cannot have (without column mapping).
+const BAD_IN_NAMES: &[char] = &[' ', ',', ';', '{', '}', '(', ')', '\n', '\t', '='];
 
 #[derive(Debug, Clone)]
 pub struct DeltaConfig {
@@ -16,58 +21,25 @@ pub struct DeltaConfig {
     pub partition_by: Vec<Partitioning>,
     /// Bytes at which a file is closed within an epoch.
     pub target_file_size: usize,
+    pub codec: Codec,
 }
 
-/// One entry of `partition_by`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Partitioning {
-    pub transform: Transform,
-    pub column: String,
-}
-
+/// How pages are compressed. Snappy is the default: the cheapest to write, and every reader knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Transform {
-    /// The column itself.
-    Identity,
-    /// INT `c_year`.
-    Year,
-    /// DATE `c_month`, the first of the month.
-    Month,
-    /// DATE `c_day`.
-    Day,
-    /// TIMESTAMP `c_hour`, cut to the hour.
-    Hour,
-}
-
-impl Partitioning {
-    /// Name of the partition column.
-    pub fn name(&self) -> String {
-        match self.transform {
-            Transform::Identity => self.column.clone(),
-            Transform::Year => format!("{}_year", self.column),
-            Transform::Month => format!("{}_month", self.column),
-            Transform::Day => format!("{}_day", self.column),
-            Transform::Hour => format!("{}_hour", self.column),
-        }
-    }
-
-    fn data_type(&self) -> DataType {
-        match self.transform {
-            Transform::Identity => DataType::Utf8,
-            Transform::Year => DataType::Int32,
-            Transform::Month | Transform::Day => DataType::Date32,
-            Transform::Hour => timestamp_type(),
-        }
-    }
+pub enum Codec {
+    Snappy,
+    /// Level 1: about a quarter smaller, at about twice the cost of Snappy.
+    Zstd,
+    None,
 }
 
 impl DeltaConfig {
     /// # Errors
-    /// User: a missing location, a partitioning that is not known.
+    /// User: a missing location, a value that is not known, a mode that cannot run yet.
     pub fn from_options(options: &mut Options) -> Result<Self> {
         let location = options.required("location")?;
         let partition_by = match options.string("partition_by")? {
-            Some(text) => text.split(',').map(|part| partitioning(part.trim())).collect::<Result<_>>()?,
+            Some(text) => parse_list(&text)?,
             None => Vec::new(),
         };
         let target_file_size = match options.string("target_file_size")? {
@@ -76,6 +48,11 @@ impl DeltaConfig {
                     .hint("Write a size such as '256MB'.")
             })?,
             None => 256 << 20,
+        };
+        let codec = match options.choice("compression", &["snappy", "zstd", "uncompressed"])? {
+            None | Some(0) => Codec::Snappy,
+            Some(1) => Codec::Zstd,
+            Some(_) => Codec::None,
         };
         match options.choice("mode", &["append", "upsert", "changelog"])? {
             None | Some(0) => {}
@@ -86,109 +63,135 @@ impl DeltaConfig {
                 );
             }
         }
-        Ok(Self { location, partition_by, target_file_size })
+        Ok(Self { location, partition_by, target_file_size, codec })
     }
 
-    /// Columns of the table: those of the rows, then the partition columns that are made from them.
+    /// Columns of the table: those of the rows in the types that Delta knows, then the partition columns that are
+    /// made from them.
     ///
     /// # Errors
-    /// User: a partitioning by a column that is not there or has no time.
+    /// User: a column whose type or name Delta cannot hold, a partitioning by a column that is not there or that does
+    /// not fit.
     pub fn table_schema(&self, rows: &Schema) -> Result<SchemaRef> {
-        let mut fields: Vec<Field> = rows
-            .fields()
-            .iter()
-            .map(|f| Field::new(f.name(), f.data_type().clone(), f.is_nullable()))
-            .collect();
+        let mut fields: Vec<Field> = Vec::with_capacity(rows.fields().len() + self.partition_by.len());
+        for field in rows.fields() {
+            check_name(field.name())?;
+            let stored = stored_type(field.data_type()).map_err(|error| {
+                let message = format!("column {}: {}", field.name(), error.message());
+                Error::user(message).hint(error.hint_text().unwrap_or_default())
+            })?;
+            fields.push(Field::new(field.name(), stored, true));
+        }
+        let count = fields.len();
         for part in &self.partition_by {
-            let Ok(field) = rows.field_with_name(&part.column) else {
-                let known: Vec<&str> = rows.fields().iter().map(|f| f.name().as_str()).collect();
-                return Err(Error::user(format!(
-                    "partition_by names {}, which is no column of the rows",
-                    part.column
-                ))
-                .hint(format!("The columns are {}.", known.join(", "))));
-            };
-            if part.transform == Transform::Identity {
-                continue;
+            let source = fields[..count].iter().find(|field| *field.name() == part.column);
+            let source = source.ok_or_else(|| unknown_column(part, rows))?;
+            check_partitioning(part, source)?;
+            if part.transform != Transform::Identity {
+                fields.push(Field::new(part.name(), part.data_type(), true));
             }
-            if !matches!(field.data_type(), DataType::Timestamp(_, _) | DataType::Date32) {
-                let message =
-                    format!("partition_by: {} is {}, no TIMESTAMP or DATE", part.column, field.data_type());
-                return Err(Error::user(message).hint("Partition by the event time, or by a plain column."));
-            }
-            fields.push(Field::new(part.name(), part.data_type(), field.is_nullable()));
+        }
+        check_duplicates(&fields)?;
+        let plain = |field: &Field| self.partition_by.iter().any(|part| part.name() == *field.name());
+        if fields.iter().all(plain) {
+            let message = "partition_by names every column, so no column is left for the files";
+            return Err(Error::user(message).hint("Leave at least one column out."));
         }
         Ok(Arc::new(Schema::new(fields)))
     }
 
-    /// The partition columns of a batch, in the order of `partition_by`.
-    ///
-    /// # Errors
-    /// Internal: a column that `table_schema` should have refused.
-    pub fn partition_columns(&self, rows: &RecordBatch) -> Result<Vec<ArrayRef>> {
-        self.partition_by.iter().map(|part| partition_column(part, rows)).collect()
+    /// Names of the partition columns, in the order of `partition_by`.
+    pub fn partition_names(&self) -> Vec<String> {
+        self.partition_by.iter().map(Partitioning::name).collect()
     }
 }
 
-fn partition_column(part: &Partitioning, rows: &RecordBatch) -> Result<ArrayRef> {
-    let column = rows
-        .column_by_name(&part.column)
-        .ok_or_else(|| Error::internal(format!("the rows lost their column {}", part.column)))?;
-    if part.transform == Transform::Identity {
-        return Ok(Arc::clone(column));
-    }
-    let micros = cast(column, &timestamp_type())?;
-    let micros = micros.as_primitive::<TimestampMicrosecondType>();
-    const DAY: i64 = 86_400_000_000;
-    let days = |month: bool| -> arrow::array::Date32Array {
-        micros.unary(|t| {
-            let day = t.div_euclid(DAY);
-            (if month { day - i64::from(civil(day).2) + 1 } else { day }) as i32
-        })
-    };
-    Ok(match part.transform {
-        Transform::Year => {
-            Arc::new(micros.unary::<_, arrow::datatypes::Int32Type>(|t| civil(t.div_euclid(DAY)).0))
-        }
-        Transform::Month => Arc::new(days(true)),
-        Transform::Day => Arc::new(days(false)),
-        _ => {
-            let hours: TimestampMicrosecondArray = micros.unary(|t| t - t.rem_euclid(3_600_000_000));
-            Arc::new(hours.with_timezone("UTC"))
-        }
+fn unknown_column(part: &Partitioning, rows: &Schema) -> Error {
+    let known: Vec<String> = rows.fields().iter().map(|field| field.name().clone()).collect();
+    let message = format!("partition_by names {}, which is no column of the rows", part.column);
+    Error::user(message).hint(match nearest(&part.column, &known) {
+        Some(near) => format!("Did you mean {near}?"),
+        None => format!("The columns are {}.", known.join(", ")),
     })
 }
 
-/// Year, month and day of a day number since 1970-01-01 (Howard Hinnant, *chrono-compatible low-level date algorithms*).
-pub fn civil(days: i64) -> (i32, u32, u32) {
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let of_era = shifted.rem_euclid(146_097);
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    (year as i32, month as u32, day as u32)
+fn check_partitioning(part: &Partitioning, source: &Field) -> Result<()> {
+    use DataType::{Boolean, Date32, Decimal128, Int8, Int16, Int32, Int64, Timestamp, Utf8};
+    let kind = source.data_type();
+    let fits = match part.transform {
+        Transform::Identity => matches!(
+            kind,
+            Boolean | Int8 | Int16 | Int32 | Int64 | Utf8 | Date32 | Decimal128(_, _) | Timestamp(_, _)
+        ),
+        Transform::Hour => matches!(kind, Timestamp(_, _)),
+        Transform::Year | Transform::Month | Transform::Day => matches!(kind, Timestamp(_, _) | Date32),
+    };
+    if fits {
+        return Ok(());
+    }
+    let (wanted, hint) = match part.transform {
+        Transform::Identity => ("a type that can partition a table", "Partition by a text, number or time."),
+        Transform::Hour => ("TIMESTAMP", "Partition by the event time, or by a plain column."),
+        _ => ("TIMESTAMP or DATE", "Partition by the event time, or by a plain column."),
+    };
+    Err(Error::user(format!("partition_by: {} is {kind}, not {wanted}", part.column)).hint(hint))
 }
 
-fn partitioning(text: &str) -> Result<Partitioning> {
-    let Some((name, rest)) = text.split_once('(') else {
-        return Ok(Partitioning { transform: Transform::Identity, column: text.to_owned() });
-    };
-    let transform = match name.trim().to_ascii_lowercase().as_str() {
-        "year" => Transform::Year,
-        "month" => Transform::Month,
-        "day" => Transform::Day,
-        "hour" => Transform::Hour,
-        other => {
-            let hint = "Use a column, or year, month, day or hour of a TIMESTAMP column.";
-            return Err(Error::user(format!("partition_by: {other}() is not known")).hint(hint));
+fn check_name(name: &str) -> Result<()> {
+    match name.contains(BAD_IN_NAMES) || name.is_empty() {
+        false => Ok(()),
+        true => Err(Error::user(format!("the column name \"{name}\" cannot be stored in a Delta table"))
+            .hint("Give it a name without blanks and brackets: AS some_name.")),
+    }
+}
+
+/// Delta compares column names without regard to case.
+fn check_duplicates(fields: &[Field]) -> Result<()> {
+    let lower: Vec<String> = fields.iter().map(|field| field.name().to_lowercase()).collect();
+    for (at, name) in lower.iter().enumerate() {
+        if lower[..at].contains(name) {
+            let message = format!("the table would have two columns {}", fields[at].name());
+            let hint = "Rename one of them with AS; partition_by adds columns such as event_time_day itself.";
+            return Err(Error::user(message).hint(hint));
         }
+    }
+    Ok(())
+}
+
+/// The type in which Delta holds values of `kind`: strings and binaries in their plain form, unsigned integers as
+/// signed ones that are wide enough (64 bits: checked when rows are written), every timestamp as µs in UTC.
+///
+/// # Errors
+/// User: types that Delta has not.
+pub fn stored_type(kind: &DataType) -> Result<DataType> {
+    use DataType as T;
+    let child = |field: &FieldRef| -> Result<FieldRef> {
+        Ok(Arc::new(Field::new(field.name(), stored_type(field.data_type())?, true)))
     };
-    let column = rest.trim_end().strip_suffix(')').unwrap_or(rest).trim();
-    Ok(Partitioning { transform, column: column.to_owned() })
+    Ok(match kind {
+        T::Boolean | T::Int8 | T::Int16 | T::Int32 | T::Int64 | T::Float32 | T::Float64 => kind.clone(),
+        T::Decimal128(_, _) | T::Date32 => kind.clone(),
+        T::Float16 => T::Float32,
+        T::UInt8 => T::Int16,
+        T::UInt16 => T::Int32,
+        T::UInt32 | T::UInt64 => T::Int64,
+        T::Decimal32(p, s) | T::Decimal64(p, s) => T::Decimal128(*p, *s),
+        T::Date64 => T::Date32,
+        T::Timestamp(_, _) => timestamp_type(),
+        T::Utf8 | T::LargeUtf8 | T::Utf8View => T::Utf8,
+        T::Binary | T::LargeBinary | T::BinaryView | T::FixedSizeBinary(_) => T::Binary,
+        T::Dictionary(_, value) => stored_type(value)?,
+        T::List(item) | T::LargeList(item) | T::FixedSizeList(item, _) => T::List(child(item)?),
+        T::Struct(fields) => T::Struct(fields.iter().map(child).collect::<Result<Vec<_>>>()?.into()),
+        T::Null => {
+            let hint = "Say which type the NULL has, such as CAST(NULL AS VARCHAR).";
+            return Err(Error::user("its type is not known").hint(hint));
+        }
+        other => {
+            let hint = "Cast it to a type that Delta knows, such as VARCHAR or BIGINT.";
+            return Err(Error::user(format!("{other} cannot be stored in a Delta table")).hint(hint));
+        }
+    })
 }
 
 fn bytes(text: &str) -> Option<usize> {
@@ -202,4 +205,64 @@ fn bytes(text: &str) -> Option<usize> {
         _ => return None,
     };
     text[..digits].parse::<usize>().ok()?.checked_mul(unit).filter(|size| *size > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(partition_by: &str) -> Result<DeltaConfig> {
+        let options = &[("location", "x"), ("partition_by", partition_by), ("target_file_size", "3 KB")];
+        DeltaConfig::from_options(&mut Options::of("sink s", options))
+    }
+
+    fn schema(columns: &[(&str, DataType)]) -> Schema {
+        Schema::new(columns.iter().map(|(n, t)| Field::new(*n, t.clone(), false)).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn types_become_those_of_delta() {
+        let rows = schema(&[
+            ("a", DataType::UInt64),
+            ("b", DataType::Utf8View),
+            ("t", DataType::Timestamp(arrow::datatypes::TimeUnit::Nanosecond, None)),
+            ("l", DataType::new_large_list(DataType::UInt8, false)),
+        ]);
+        let table = config("day(t),hour(t)").unwrap().table_schema(&rows).unwrap();
+        let found: Vec<String> =
+            table.fields().iter().map(|f| format!("{} {}", f.name(), f.data_type())).collect();
+        let wanted = [
+            "a Int64",
+            "b Utf8",
+            "t Timestamp(µs, \"UTC\")",
+            "l List(Int16)",
+            "t_day Date32",
+            "t_hour Timestamp(µs, \"UTC\")",
+        ];
+        assert_eq!(found, wanted);
+        assert_eq!(config("a").unwrap().target_file_size, 3072);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let rows =
+            schema(&[("event_time", timestamp_type()), ("n", DataType::Int64), ("x_day", DataType::Utf8)]);
+        let refused = |by: &str, rows: &Schema| match config(by).and_then(|c| c.table_schema(rows)) {
+            Ok(_) => panic!("{by} must be refused"),
+            Err(error) => format!("{error}; {}", error.hint_text().unwrap_or_default()),
+        };
+        assert!(refused("day(event_tim)", &rows).contains("Did you mean event_time?"));
+        assert!(refused("day(n)", &rows).contains("n is Int64"));
+        assert!(refused("week(event_time)", &rows).contains("week()"));
+        assert!(refused("day(event_time", &rows).contains("closing bracket"));
+        assert!(refused("n,,n", &rows).contains("empty"));
+        assert!(refused("n,n", &rows).contains("twice"));
+        assert!(refused("n", &schema(&[("n", DataType::Int64)])).contains("every column"));
+        let named = schema(&[("count(*)", DataType::Int64), ("n", DataType::Int64)]);
+        assert!(refused("n", &named).contains("count(*)"));
+        let twice = schema(&[("t", timestamp_type()), ("T_Day", DataType::Int64)]);
+        assert!(refused("day(t)", &twice).contains("two columns"));
+        let odd = schema(&[("n", DataType::Int64), ("d", DataType::Null)]);
+        assert!(refused("n", &odd).contains("column d"));
+    }
 }

@@ -6,6 +6,9 @@
 
 pub mod committer;
 pub mod config;
+mod log;
+pub mod partition;
+mod stats;
 pub mod store;
 pub mod table;
 pub mod writer;

@@ -10,7 +10,7 @@ use deltalake_core::{DeltaResult, DeltaTable, DeltaTableBuilder, DeltaTableError
 use object_store::path::Path;
 use url::Url;
 
-use crate::connectors::files;
+use crate::connectors::files::{self, Located};
 use crate::error::{Error, Result};
 
 #[derive(Debug, Default)]
@@ -46,17 +46,29 @@ pub fn register() {
     });
 }
 
-/// A table that is not loaded yet; it need not exist.
+/// A table that is not loaded yet; it need not exist. A local folder is created.
 ///
 /// # Errors
 /// User or external: the location cannot be opened.
 pub fn table(location: &str) -> Result<DeltaTable> {
+    of(location, files::open(location)?)
+}
+
+/// The same for reading: nothing is created, `None` when a local folder is not there.
+///
+/// # Errors
+/// User or external: the location cannot be opened.
+pub fn existing_table(location: &str) -> Result<Option<DeltaTable>> {
+    files::open_existing(location)?.map(|located| of(location, located)).transpose()
+}
+
+fn of(location: &str, located: Located) -> Result<DeltaTable> {
     register();
-    let located = files::open(location)?;
     let builder = DeltaTableBuilder::from_url(located.url).map_err(|error| failed(location, error))?;
     builder.build().map_err(|error| failed(location, error))
 }
 
+/// An external error that names the table.
 pub fn failed(location: &str, error: DeltaTableError) -> Error {
     Error::external(format!("the Delta table {location} failed")).because(error)
 }

@@ -1,130 +1,209 @@
 //! Rows → Parquet files of a Delta table, one open file per partition value.
+//!
+//! Encoding is synchronous and in memory: [`DeltaWriter::write`] never touches the store. Files that are full wait
+//! for [`DeltaWriter::prepare`], or for [`DeltaWriter::upload`], which a task calls between two writes while
+//! [`DeltaWriter::wants_upload`] says so; that bounds the memory however long an epoch is.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, UInt32Array};
-use arrow::compute::{cast, max, min};
-use arrow::datatypes::{DataType, Int64Type, Schema, SchemaRef, TimeUnit};
+use arrow::array::{Array, ArrayRef, RecordBatch, Scalar, UInt32Array};
+use arrow::compute::kernels::cmp::not_distinct;
+use arrow::compute::{CastOptions, cast_with_options, take_record_batch};
+use arrow::datatypes::{Schema, SchemaRef};
 use arrow::row::{OwnedRow, RowConverter, SortField};
-use arrow::util::display::{ArrayFormatter, FormatOptions};
+use arrow::util::display::FormatOptions;
 use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use hashbrown::HashMap;
 use object_store::{ObjectStoreExt, PutPayload, path::Path};
 use parquet::arrow::ArrowWriter;
-use parquet::basic::Compression;
-use parquet::file::properties::WriterProperties;
+use parquet::arrow::arrow_writer::ArrowWriterOptions;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::schema::types::ColumnPath;
 use serde_json::{Map, Value, json};
 
 use super::PreparedFile;
-use super::config::{DeltaConfig, Transform};
+use super::config::{Codec, DeltaConfig};
+use super::partition::{folder, uri, value_text};
+use super::stats::{Floats, stats_of};
 use crate::connectors::files::{Located, open};
 use crate::error::{Error, Result};
 use crate::stream::clock::Clock;
 
-/// Writes the rows of one shard. Encoding is synchronous; only [`DeltaWriter::prepare`] touches the store.
+/// Files open at the same time; one more closes the largest.
+const MAX_OPEN: usize = 128;
+/// Bytes held by open files; above, the largest is closed.
+const MAX_OPEN_BYTES: usize = 256 << 20;
+/// Bytes of closed files from which on the writer asks for an upload.
+const UPLOAD_BYTES: usize = 64 << 20;
+/// Files uploaded at the same time.
+const UPLOADS: usize = 4;
+
+/// Writes the rows of one shard.
 pub struct DeltaWriter {
     config: DeltaConfig,
-    located: Located,
+    uploads: Arc<Uploads>,
+    /// Columns of the rows in the types of the table.
+    stored: SchemaRef,
     /// Columns inside the files: all but the partition columns.
     inside: Vec<usize>,
     inside_schema: SchemaRef,
+    properties: WriterProperties,
+    converter: Option<RowConverter>,
+    /// By the partition values; `None` when the table has no partitions.
+    open: HashMap<Option<OwnedRow>, OpenFile>,
+    open_bytes: usize,
+    closed: Vec<ClosedFile>,
+    closed_bytes: usize,
+    uploaded: Vec<PreparedFile>,
+    /// Number of the next file, for file names.
+    number: usize,
+}
+
+/// Where closed files go; apart from the encoders, which no two threads may look at.
+struct Uploads {
+    located: Located,
+    location: String,
+    codec: Codec,
+    /// Names of the partition columns.
     names: Vec<String>,
     /// Generation and shard, for file names.
     tag: String,
-    converter: Option<RowConverter>,
-    open: HashMap<Option<OwnedRow>, OpenFile>,
-    full: Vec<(Vec<Option<String>>, Bytes, Stats)>,
     clock: Clock,
 }
 
 struct OpenFile {
+    /// Partition values as the log holds them.
     values: Vec<Option<String>>,
     writer: ArrowWriter<Vec<u8>>,
-    stats: Stats,
+    /// What it counts in `open_bytes`.
+    bytes: usize,
+    floats: Floats,
 }
 
-/// Statistics of a file, by column inside it.
-#[derive(Debug, Default, Clone)]
-struct Stats {
+struct ClosedFile {
+    values: Vec<Option<String>>,
+    bytes: Bytes,
     rows: u64,
-    nulls: Vec<u64>,
-    /// Of columns that read as 64-bit integers.
-    range: Vec<Option<(i64, i64)>>,
+    stats: String,
+    number: usize,
 }
 
 impl DeltaWriter {
-    /// `rows` is the schema of the rows that [`DeltaWriter::write`] gets.
+    /// `rows` is the schema of the rows that [`DeltaWriter::write`] gets; `tag` (generation and shard) goes into the
+    /// names of the files.
     ///
     /// # Errors
-    /// User: partitioning that does not fit the rows. External: the location cannot be opened.
+    /// User: columns or a partitioning that Delta cannot hold. External: the location cannot be opened.
     pub fn new(config: DeltaConfig, rows: &SchemaRef, tag: String) -> Result<Self> {
-        config.table_schema(rows)?;
+        let table = config.table_schema(rows)?;
         let located = open(&config.location)?;
-        let is_partition = |name: &str| {
-            config.partition_by.iter().any(|p| p.transform == Transform::Identity && p.column == name)
-        };
+        let names = config.partition_names();
+        let stored = Arc::new(Schema::new(table.fields()[..rows.fields().len()].to_vec()));
         let inside: Vec<usize> =
-            (0..rows.fields().len()).filter(|c| !is_partition(rows.field(*c).name())).collect();
-        let inside_schema = Arc::new(rows.project(&inside)?);
-        let names = config.partition_by.iter().map(|part| part.name()).collect();
-        let (converter, open, full) = (None, HashMap::new(), Vec::new());
-        Ok(Self { config, located, inside, inside_schema, names, tag, converter, open, full, clock: Clock })
+            (0..stored.fields().len()).filter(|c| !names.contains(stored.field(*c).name())).collect();
+        let inside_schema = Arc::new(stored.project(&inside)?);
+        let properties = properties(config.codec, &inside_schema)?;
+        let (location, codec) = (config.location.clone(), config.codec);
+        let uploads = Arc::new(Uploads { located, location, codec, names, tag, clock: Clock });
+        Ok(Self {
+            config,
+            uploads,
+            stored,
+            inside,
+            inside_schema,
+            properties,
+            converter: None,
+            open: HashMap::new(),
+            open_bytes: 0,
+            closed: Vec::new(),
+            closed_bytes: 0,
+            uploaded: Vec::new(),
+            number: 0,
+        })
     }
 
     /// # Errors
-    /// Internal: rows of another schema.
+    /// Internal: rows of another schema. User: an unsigned number that no signed one can hold.
     pub fn write(&mut self, rows: &RecordBatch) -> Result<()> {
         if rows.num_rows() == 0 {
             return Ok(());
         }
-        let columns = self.config.partition_columns(rows)?;
+        let rows = self.stored_rows(rows)?;
+        let columns =
+            self.config.partition_by.iter().map(|part| part.values(&rows)).collect::<Result<Vec<_>>>()?;
         let inside = rows.project(&self.inside)?;
         if columns.is_empty() {
             return self.append(None, &columns, 0, &inside);
         }
-        for (key, first, picked) in self.split(&columns, rows.num_rows())? {
-            match picked {
-                None => self.append(Some(key), &columns, first, &inside)?,
-                Some(picked) => {
-                    let part = arrow::compute::take_record_batch(&inside, &picked)?;
-                    self.append(Some(key), &columns, first, &part)?;
-                }
-            }
+        if uniform(&columns)? {
+            let first: Vec<ArrayRef> = columns.iter().map(|column| column.slice(0, 1)).collect();
+            let key = self.converter(&columns)?.convert_columns(&first)?.row(0).owned();
+            return self.append(Some(key), &columns, 0, &inside);
+        }
+        for (key, first, picked) in self.split(&columns)? {
+            let part = take_record_batch(&inside, &picked)?;
+            self.append(Some(key), &columns, first, &part)?;
         }
         Ok(())
     }
 
-    /// Groups of rows with equal partition values: key, a row of it, and its rows (`None`: all of them).
-    fn split(
-        &mut self,
-        columns: &[ArrayRef],
-        rows: usize,
-    ) -> Result<Vec<(OwnedRow, usize, Option<UInt32Array>)>> {
-        let converter = match &mut self.converter {
-            Some(converter) => converter,
+    /// The rows in the types of the table; columns that have them already are not copied.
+    fn stored_rows(&self, rows: &RecordBatch) -> Result<RecordBatch> {
+        if rows.num_columns() != self.stored.fields().len() {
+            return Err(Error::internal(format!(
+                "rows of {} columns for a table of {}",
+                rows.num_columns(),
+                self.stored.fields().len()
+            )));
+        }
+        let options = CastOptions { safe: false, format_options: FormatOptions::new() };
+        let convert = |(column, field): (&ArrayRef, &Arc<arrow::datatypes::Field>)| {
+            if column.data_type() == field.data_type() {
+                return Ok(Arc::clone(column));
+            }
+            cast_with_options(column, field.data_type(), &options).map_err(|error| {
+                Error::user(format!("column {} cannot be stored as {}", field.name(), field.data_type()))
+                    .because(error)
+                    .hint("Cast it to a type that Delta knows.")
+            })
+        };
+        let columns = rows.columns().iter().zip(self.stored.fields()).map(convert).collect::<Result<_>>()?;
+        Ok(RecordBatch::try_new(Arc::clone(&self.stored), columns)?)
+    }
+
+    fn converter(&mut self, columns: &[ArrayRef]) -> Result<&mut RowConverter> {
+        match &mut self.converter {
+            Some(converter) => Ok(converter),
             empty => {
                 let fields = columns.iter().map(|c| SortField::new(c.data_type().clone())).collect();
-                empty.insert(RowConverter::new(fields)?)
+                Ok(empty.insert(RowConverter::new(fields)?))
             }
-        };
-        let keys = converter.convert_columns(columns)?;
+        }
+    }
+
+    /// Groups of rows with equal partition values: key, a row of it, and its rows in their order.
+    fn split(&mut self, columns: &[ArrayRef]) -> Result<Vec<(OwnedRow, usize, UInt32Array)>> {
+        let keys = self.converter(columns)?.convert_columns(columns)?;
+        let mut found = HashMap::new();
         let mut groups: Vec<(usize, Vec<u32>)> = Vec::new();
-        let mut last = 0;
-        for row in 0..rows {
-            let same = |group: &(usize, Vec<u32>)| keys.row(group.0) == keys.row(row);
-            if !groups.get(last).is_some_and(same) {
-                last = groups.iter().position(same).unwrap_or_else(|| {
+        // Rows come nearly in order of time, so most stay in the group of the row before.
+        let mut last = None;
+        for (row, key) in keys.iter().enumerate() {
+            let group = match last {
+                Some((at, known)) if known == key => at,
+                _ => *found.entry(key).or_insert_with(|| {
                     groups.push((row, Vec::new()));
                     groups.len() - 1
-                });
-            }
-            groups[last].1.push(row as u32);
+                }),
+            };
+            last = Some((group, key));
+            groups[group].1.push(row as u32);
         }
-        let whole = groups.len() == 1;
-        let group = |(first, picked): (usize, Vec<u32>)| {
-            (keys.row(first).owned(), first, (!whole).then(|| UInt32Array::from(picked)))
-        };
-        Ok(groups.into_iter().map(group).collect())
+        let owned =
+            |(first, picked): (usize, Vec<u32>)| (keys.row(first).owned(), first, UInt32Array::from(picked));
+        Ok(groups.into_iter().map(owned).collect())
     }
 
     fn append(
@@ -135,23 +214,71 @@ impl DeltaWriter {
         rows: &RecordBatch,
     ) -> Result<()> {
         if !self.open.contains_key(&key) {
-            let values =
-                columns.iter().map(|column| partition_text(column, row)).collect::<Result<Vec<_>>>()?;
-            let properties = WriterProperties::builder().set_compression(Compression::SNAPPY).build();
-            let writer = ArrowWriter::try_new(Vec::new(), Arc::clone(&self.inside_schema), Some(properties))?;
-            self.open.insert(key.clone(), OpenFile { values, writer, stats: Stats::default() });
+            if self.open.len() >= MAX_OPEN {
+                self.close_largest()?;
+            }
+            let values = columns.iter().map(|column| value_text(column, row)).collect::<Result<Vec<_>>>()?;
+            let file = self.new_file(values)?;
+            self.open.insert(key.clone(), file);
         }
         let Some(file) = self.open.get_mut(&key) else { return Ok(()) };
-        // Rows may come with other nullability than declared; names and types are the same.
-        let rows = RecordBatch::try_new(Arc::clone(&self.inside_schema), rows.columns().to_vec())?;
-        file.writer.write(&rows)?;
-        file.stats.add(&rows)?;
-        if file.writer.bytes_written() + file.writer.in_progress_size() >= self.config.target_file_size
-            && let Some(file) = self.open.remove(&key)
-        {
-            let OpenFile { values, writer, stats } = file;
-            self.full.push((values, Bytes::from(writer.into_inner()?), stats));
+        file.writer.write(rows)?;
+        file.floats.add(rows);
+        let held = file.writer.inner().len() + file.writer.memory_size();
+        self.open_bytes = self.open_bytes - file.bytes + held;
+        file.bytes = held;
+        let size = file.writer.bytes_written() + file.writer.in_progress_size();
+        if size >= self.config.target_file_size {
+            self.close(&key)?;
         }
+        while self.open_bytes > MAX_OPEN_BYTES && !self.open.is_empty() {
+            self.close_largest()?;
+        }
+        Ok(())
+    }
+
+    fn new_file(&self, values: Vec<Option<String>>) -> Result<OpenFile> {
+        // Without the Arrow schema in its footer a file says exactly what Delta's schema says.
+        let options =
+            ArrowWriterOptions::new().with_properties(self.properties.clone()).with_skip_arrow_metadata(true);
+        let writer = ArrowWriter::try_new_with_options(Vec::new(), Arc::clone(&self.inside_schema), options)?;
+        Ok(OpenFile { values, writer, bytes: 0, floats: Floats::default() })
+    }
+
+    fn close_largest(&mut self) -> Result<()> {
+        let largest = self.open.iter().max_by_key(|(_, file)| file.bytes).map(|(key, _)| key.clone());
+        largest.map_or(Ok(()), |key| self.close(&key))
+    }
+
+    fn close(&mut self, key: &Option<OwnedRow>) -> Result<()> {
+        let Some(mut file) = self.open.remove(key) else { return Ok(()) };
+        self.open_bytes -= file.bytes;
+        let footer = file.writer.finish()?;
+        let stats = stats_of(&self.inside_schema, &footer, &file.floats);
+        let rows = u64::try_from(footer.file_metadata().num_rows()).unwrap_or(0);
+        let bytes = Bytes::from(std::mem::take(file.writer.inner_mut()));
+        self.closed_bytes += bytes.len();
+        self.closed.push(ClosedFile { values: file.values, bytes, rows, stats, number: self.number });
+        self.number += 1;
+        Ok(())
+    }
+
+    /// Whether enough closed files wait in memory that [`DeltaWriter::upload`] is due.
+    pub fn wants_upload(&self) -> bool {
+        self.closed_bytes >= UPLOAD_BYTES
+    }
+
+    /// Uploads the files that are full already. `epoch` is the one they will be prepared in.
+    ///
+    /// # Errors
+    /// External: the store failed; nothing of the epoch may be committed then.
+    pub async fn upload(&mut self, epoch: u64) -> Result<()> {
+        let closed = std::mem::take(&mut self.closed);
+        self.closed_bytes = 0;
+        let uploads = Arc::clone(&self.uploads);
+        let puts = closed.into_iter().map(|file| uploads.put(epoch, file));
+        let files: Vec<PreparedFile> = futures::stream::iter(puts).buffered(UPLOADS).try_collect().await?;
+        self.uploaded.extend(files);
         Ok(())
     }
 
@@ -160,134 +287,74 @@ impl DeltaWriter {
     /// # Errors
     /// External: the store failed; nothing of the epoch may be committed then.
     pub async fn prepare(&mut self, epoch: u64) -> Result<Vec<PreparedFile>> {
-        let mut closed = std::mem::take(&mut self.full);
-        for (_, OpenFile { values, writer, stats }) in self.open.drain() {
-            closed.push((values, Bytes::from(writer.into_inner()?), stats));
+        while !self.open.is_empty() {
+            self.close_largest()?;
         }
-        let mut prepared = Vec::with_capacity(closed.len());
-        for (number, (values, bytes, stats)) in closed.into_iter().enumerate() {
-            let id = uuid::Uuid::new_v4();
-            let name = format!("part-{epoch:010}-{}-{number}-{id}.snappy.parquet", self.tag);
-            let folder: String = self
-                .names
-                .iter()
-                .zip(&values)
-                .map(|(name, value)| format!("{}={}/", name, folder(value)))
-                .collect();
-            let path = format!("{folder}{name}");
-            let size = bytes.len() as u64;
-            let target =
-                Path::parse(&path).map_err(|e| Error::internal(format!("{path} is no path")).because(e))?;
-            self.located.store.put(&target, PutPayload::from_bytes(bytes)).await.map_err(|error| {
-                Error::external(format!("a file of {} cannot be written", self.config.location))
-                    .because(error)
-            })?;
-            let partition: Map<String, Value> = self
-                .names
-                .iter()
-                .cloned()
-                .zip(values.into_iter().map(|v| v.map_or(Value::Null, Value::from)))
-                .collect();
-            let add = json!({
-                // The log holds paths as URIs.
-                "path": encode(&path),
-                "partitionValues": partition,
-                "size": size,
-                "modificationTime": self.clock.unix_millis(),
-                "dataChange": true,
-                "stats": stats.json(&self.inside_schema).to_string(),
-            });
-            prepared.push(PreparedFile { path, size, rows: stats.rows, add });
-        }
-        Ok(prepared)
+        self.upload(epoch).await?;
+        self.number = 0;
+        Ok(std::mem::take(&mut self.uploaded))
     }
 }
 
-impl Stats {
-    fn add(&mut self, rows: &RecordBatch) -> Result<()> {
-        self.rows += rows.num_rows() as u64;
-        self.nulls.resize(rows.num_columns(), 0);
-        self.range.resize(rows.num_columns(), None);
-        for (at, column) in rows.columns().iter().enumerate() {
-            self.nulls[at] += column.null_count() as u64;
-            let long = match column.data_type() {
-                DataType::Int8
-                | DataType::Int16
-                | DataType::Int32
-                | DataType::Int64
-                | DataType::Timestamp(_, _) => cast(column, &DataType::Int64)?,
-                DataType::Date32 => cast(&cast(column, &DataType::Int32)?, &DataType::Int64)?,
-                _ => continue,
-            };
-            let long = long.as_primitive::<Int64Type>();
-            if let (Some(low), Some(high)) = (min(long), max(long)) {
-                let range = self.range[at].get_or_insert((low, high));
-                *range = (range.0.min(low), range.1.max(high));
-            }
-        }
-        Ok(())
-    }
-
-    /// The `stats` of an add action; time stamps are widened to whole milliseconds, as the protocol wants.
-    fn json(&self, schema: &Schema) -> Value {
-        let (mut low, mut high, mut nulls) = (Map::new(), Map::new(), Map::new());
-        for (at, field) in schema.fields().iter().enumerate() {
-            nulls.insert(field.name().clone(), self.nulls.get(at).copied().unwrap_or(0).into());
-            let Some((least, greatest)) = self.range.get(at).copied().flatten() else { continue };
-            let (least, greatest) = match field.data_type() {
-                DataType::Timestamp(TimeUnit::Microsecond, _) => (
-                    time_text(least.div_euclid(1_000)),
-                    time_text(greatest.div_euclid(1_000).saturating_add(1)),
-                ),
-                DataType::Timestamp(_, _) => continue,
-                DataType::Date32 => (date_text(least), date_text(greatest)),
-                _ => (least.into(), greatest.into()),
-            };
-            low.insert(field.name().clone(), least);
-            high.insert(field.name().clone(), greatest);
-        }
-        json!({ "numRecords": self.rows, "minValues": low, "maxValues": high, "nullCount": nulls })
+impl Uploads {
+    async fn put(&self, epoch: u64, file: ClosedFile) -> Result<PreparedFile> {
+        let ClosedFile { values, bytes, rows, stats, number } = file;
+        let named = || self.names.iter().zip(&values);
+        let folders: String = named().map(|(name, value)| folder(name, value.as_deref())).collect();
+        let (id, tag) = (uuid::Uuid::new_v4(), &self.tag);
+        let ending = match self.codec {
+            Codec::Snappy => "snappy.parquet",
+            Codec::Zstd => "zstd.parquet",
+            Codec::None => "parquet",
+        };
+        let path = format!("{folders}part-{epoch:010}-{tag}-{number}-{id}.{ending}");
+        let target =
+            Path::parse(&path).map_err(|e| Error::internal(format!("{path} is no path")).because(e))?;
+        let size = bytes.len() as u64;
+        self.located.store.put(&target, PutPayload::from_bytes(bytes)).await.map_err(|error| {
+            Error::external(format!("a file of {} cannot be written", self.location))
+                .because(error)
+                .hint("Check that the store has room and that the credentials may write there.")
+        })?;
+        let partition: Map<String, Value> = named()
+            .map(|(name, value)| (name.clone(), value.clone().map_or(Value::Null, Value::from)))
+            .collect();
+        let add = json!({
+            "path": uri(&path),
+            "partitionValues": partition,
+            "size": size,
+            "modificationTime": self.clock.unix_millis(),
+            "dataChange": true,
+            "stats": stats,
+        });
+        Ok(PreparedFile { path, size, rows, add })
     }
 }
 
-fn date_text(days: i64) -> Value {
-    let (year, month, day) = super::config::civil(days);
-    format!("{year:04}-{month:02}-{day:02}").into()
-}
-
-fn time_text(millis: i64) -> Value {
-    let (year, month, day) = super::config::civil(millis.div_euclid(86_400_000));
-    let of_day = millis.rem_euclid(86_400_000);
-    let (hour, minute, second) = (of_day / 3_600_000, of_day / 60_000 % 60, of_day / 1_000 % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", of_day % 1_000).into()
-}
-
-/// A partition value as the Delta protocol writes it; `None` for NULL.
-fn partition_text(column: &ArrayRef, row: usize) -> Result<Option<String>> {
-    if column.is_null(row) {
-        return Ok(None);
-    }
-    let options = FormatOptions::new().with_timestamp_tz_format(Some("%Y-%m-%d %H:%M:%S%.6f"));
-    Ok(Some(ArrayFormatter::try_new(column.as_ref(), &options)?.value(row).to_string()))
-}
-
-fn folder(value: &Option<String>) -> String {
-    match value {
-        None => "__HIVE_DEFAULT_PARTITION__".to_owned(),
-        Some(value) => encode(value).replace('/', "%2F"),
-    }
-}
-
-/// Percent-encodes what a path of the log, or a file system, cannot hold.
-fn encode(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'/' | b'=' => {
-                out.push(byte as char)
-            }
-            _ => out.push_str(&format!("%{byte:02X}")),
+/// Whether all rows have the partition values of the first.
+fn uniform(columns: &[ArrayRef]) -> Result<bool> {
+    for column in columns {
+        let same = not_distinct(column, &Scalar::new(column.slice(0, 1)))?;
+        if same.true_count() != column.len() {
+            return Ok(false);
         }
     }
-    out
+    Ok(true)
+}
+
+fn properties(codec: Codec, schema: &Schema) -> Result<WriterProperties> {
+    let codec = match codec {
+        Codec::Snappy => Compression::SNAPPY,
+        Codec::Zstd => Compression::ZSTD(ZstdLevel::try_new(1)?),
+        Codec::None => Compression::UNCOMPRESSED,
+    };
+    let mut builder = WriterProperties::builder()
+        .set_compression(codec)
+        .set_created_by(concat!("millstream ", env!("CARGO_PKG_VERSION")).to_owned());
+    for field in schema.fields().iter().filter(|field| field.data_type().is_floating()) {
+        // See `stats`: they would hide rows with NaN.
+        let column = ColumnPath::new(vec![field.name().clone()]);
+        builder = builder.set_column_statistics_enabled(column, EnabledStatistics::None);
+    }
+    Ok(builder.build())
 }

@@ -1,0 +1,172 @@
+//! Entries of a Delta log as bytes: pure functions, apart from any store.
+//!
+//! What a sink has to remember for good goes into `txn` actions, which checkpoints keep; `commitInfo` is for people.
+//! Application ids below `<pipeline>/<sink>`:
+//!
+//! | id | version |
+//! |---|---|
+//! | (itself) | epoch |
+//! | `/generation` | generation of the newest claim that committed |
+//! | `/offset/<topic>/<partition>` | next offset |
+//! | `/watermark/<topic>/<partition>`, `/watermark` | µs, of a partition and of the source |
+//! | `/complete_until` | µs |
+
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::{Value, json};
+
+use super::PreparedFile;
+use super::committer::{CommitProgress, STATE_PROPERTY};
+use crate::error::{Error, Result};
+
+const ENGINE: &str = concat!("millstream/", env!("CARGO_PKG_VERSION"));
+
+/// The first entry: protocol and metadata, no rows. Reader 1, writer 2: what every reader of Delta knows.
+///
+/// # Errors
+/// Internal: a schema that cannot be written as JSON.
+pub fn create_entry(
+    schema: &impl serde::Serialize,
+    partition_columns: &[String],
+    state_id: &str,
+    now_ms: i64,
+) -> Result<Bytes> {
+    let schema = serde_json::to_string(schema)
+        .map_err(|error| Error::internal("a Delta schema cannot be written").because(error))?;
+    let info = json!({
+        "timestamp": now_ms,
+        "operation": "CREATE TABLE",
+        "operationParameters": { "partitionBy": json!(partition_columns).to_string() },
+        "isBlindAppend": true,
+        "engineInfo": ENGINE,
+        "txnId": uuid::Uuid::new_v4().to_string(),
+    });
+    let metadata = json!({
+        "id": uuid::Uuid::new_v4().to_string(),
+        "format": { "provider": "parquet", "options": {} },
+        "schemaString": schema,
+        "partitionColumns": partition_columns,
+        "configuration": { STATE_PROPERTY: state_id },
+        "createdTime": now_ms,
+    });
+    Ok(lines([
+        json!({ "commitInfo": info }),
+        json!({ "protocol": { "minReaderVersion": 1, "minWriterVersion": 2 } }),
+        json!({ "metaData": metadata }),
+    ]))
+}
+
+/// The entry of one epoch. Its `txnId` is random, so equal bytes are the same commit.
+pub fn commit_entry(
+    app: &str,
+    epoch: i64,
+    files: &[PreparedFile],
+    progress: &CommitProgress,
+    now_ms: i64,
+) -> Bytes {
+    let sum = |of: fn(&PreparedFile) -> u64| files.iter().map(of).sum::<u64>().to_string();
+    let info = json!({
+        "timestamp": now_ms,
+        "operation": "STREAMING UPDATE",
+        "operationParameters": { "outputMode": "Append", "queryId": app, "epochId": epoch.to_string() },
+        "operationMetrics": {
+            "numAddedFiles": files.len().to_string(),
+            "numOutputRows": sum(|file| file.rows),
+            "numOutputBytes": sum(|file| file.size),
+        },
+        "isBlindAppend": true,
+        "engineInfo": ENGINE,
+        "txnId": uuid::Uuid::new_v4().to_string(),
+    });
+    let transactions = transactions(app, epoch, progress).into_iter();
+    let transactions = transactions
+        .map(|(id, version)| json!({ "txn": { "appId": id, "version": version, "lastUpdated": now_ms } }));
+    let adds = files.iter().map(|file| json!({ "add": file.add }));
+    lines(std::iter::once(json!({ "commitInfo": info })).chain(transactions).chain(adds))
+}
+
+fn transactions(app: &str, epoch: i64, progress: &CommitProgress) -> Vec<(String, i64)> {
+    let mut all = vec![(app.to_owned(), epoch)];
+    let generation = progress.generation.and_then(|generation| i64::try_from(generation).ok());
+    all.extend(generation.map(|generation| (format!("{app}/generation"), generation)));
+    all.extend(progress.offsets.iter().map(|(topic, p, next)| (format!("{app}/offset/{topic}/{p}"), *next)));
+    all.extend(
+        progress.watermarks.iter().map(|(topic, p, at)| (format!("{app}/watermark/{topic}/{p}"), *at)),
+    );
+    all.extend(progress.source_watermark.map(|at| (format!("{app}/watermark"), at)));
+    all.extend(progress.complete_until.map(|at| (format!("{app}/complete_until"), at)));
+    all
+}
+
+fn lines(actions: impl IntoIterator<Item = Value>) -> Bytes {
+    let mut text = String::new();
+    for action in actions {
+        text.push_str(&action.to_string());
+        text.push('\n');
+    }
+    Bytes::from(text)
+}
+
+/// What an entry that somebody wrote means for us.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Transaction version of our application.
+    pub epoch: Option<i64>,
+    /// Schema, properties or protocol are not what they were.
+    pub changed: bool,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    txn: Option<Txn>,
+    #[serde(rename = "metaData")]
+    metadata: Option<IgnoredAny>,
+    protocol: Option<IgnoredAny>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Txn {
+    app_id: String,
+    version: i64,
+}
+
+/// # Errors
+/// External: an entry that is no Delta log entry.
+pub fn read_entry(entry: &[u8], app: &str) -> Result<Seen> {
+    let mut seen = Seen::default();
+    for line in serde_json::Deserializer::from_slice(entry).into_iter::<Line>() {
+        let line =
+            line.map_err(|error| Error::external("an entry of the Delta log cannot be read").because(error))?;
+        seen.changed |= line.metadata.is_some() || line.protocol.is_some();
+        if let Some(txn) = line.txn.filter(|txn| txn.app_id == app) {
+            seen.epoch = Some(txn.version);
+        }
+    }
+    Ok(seen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_read_back() {
+        let progress = CommitProgress {
+            offsets: vec![("t".into(), 3, 17)],
+            source_watermark: Some(5),
+            generation: Some(2),
+            ..CommitProgress::default()
+        };
+        let entry = commit_entry("p/s", 9, &[], &progress, 1);
+        assert_eq!(read_entry(&entry, "p/s").unwrap(), Seen { epoch: Some(9), changed: false });
+        assert_eq!(read_entry(&entry, "p/s/offset/t/3").unwrap().epoch, Some(17));
+        assert_eq!(read_entry(&entry, "p/s/watermark").unwrap().epoch, Some(5));
+        assert_eq!(read_entry(&entry, "p/s/generation").unwrap().epoch, Some(2));
+        assert_eq!(read_entry(&entry, "p").unwrap(), Seen::default());
+        let created = create_entry(&json!({}), &["d".to_owned()], "id", 1).unwrap();
+        assert_eq!(read_entry(&created, "p/s").unwrap(), Seen { epoch: None, changed: true });
+        assert!(read_entry(b"{\"txn\":", "p/s").is_err());
+    }
+}

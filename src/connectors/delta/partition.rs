@@ -1,0 +1,207 @@
+//! `partition_by`: its entries, the partition columns of a batch, and how Delta writes their values.
+
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, AsArray, Date32Array, RecordBatch, TimestampMicrosecondArray};
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Date32Type, Int32Type, TimestampMicrosecondType};
+use arrow::util::display::{ArrayFormatter, FormatOptions};
+
+use crate::error::{Error, Result};
+use crate::stream::timestamp_type;
+
+const DAY: i64 = 86_400_000_000;
+const HOUR: i64 = 3_600_000_000;
+
+/// One entry of `partition_by`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Partitioning {
+    pub transform: Transform,
+    pub column: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transform {
+    /// The column itself.
+    Identity,
+    /// INT `c_year`.
+    Year,
+    /// DATE `c_month`, the first of the month.
+    Month,
+    /// DATE `c_day`.
+    Day,
+    /// TIMESTAMP `c_hour`, cut to the hour.
+    Hour,
+}
+
+impl Partitioning {
+    /// Name of the partition column.
+    pub fn name(&self) -> String {
+        match self.transform {
+            Transform::Identity => self.column.clone(),
+            Transform::Year => format!("{}_year", self.column),
+            Transform::Month => format!("{}_month", self.column),
+            Transform::Day => format!("{}_day", self.column),
+            Transform::Hour => format!("{}_hour", self.column),
+        }
+    }
+
+    /// Type of a partition column that is made, not taken over.
+    pub fn data_type(&self) -> DataType {
+        match self.transform {
+            Transform::Identity => DataType::Utf8,
+            Transform::Year => DataType::Int32,
+            Transform::Month | Transform::Day => DataType::Date32,
+            Transform::Hour => timestamp_type(),
+        }
+    }
+
+    /// The partition column of a batch whose columns have the types of the table.
+    ///
+    /// # Errors
+    /// Internal: a column that `DeltaConfig::table_schema` should have refused.
+    pub fn values(&self, rows: &RecordBatch) -> Result<ArrayRef> {
+        let column = rows
+            .column_by_name(&self.column)
+            .ok_or_else(|| Error::internal(format!("the rows lost their column {}", self.column)))?;
+        if self.transform == Transform::Identity {
+            return Ok(Arc::clone(column));
+        }
+        if column.data_type() == &DataType::Date32 {
+            let days = column.as_primitive::<Date32Type>();
+            return Ok(match self.transform {
+                Transform::Year => Arc::new(days.unary::<_, Int32Type>(|day| civil(day.into()).0)),
+                Transform::Month => Arc::new(days.unary::<_, Date32Type>(|day| first_of_month(day.into()))),
+                _ => Arc::clone(column),
+            });
+        }
+        let micros = cast(column, &timestamp_type())?;
+        let micros = micros.as_primitive::<TimestampMicrosecondType>();
+        let day = |t: i64| t.div_euclid(DAY);
+        Ok(match self.transform {
+            Transform::Year => Arc::new(micros.unary::<_, Int32Type>(|t| civil(day(t)).0)),
+            Transform::Month => Arc::new(micros.unary::<_, Date32Type>(|t| first_of_month(day(t)))),
+            Transform::Day => {
+                let days: Date32Array = micros.unary(|t| day(t) as i32);
+                Arc::new(days)
+            }
+            _ => {
+                let hours: TimestampMicrosecondArray = micros.unary(|t| t.saturating_sub(t.rem_euclid(HOUR)));
+                Arc::new(hours.with_timezone("UTC"))
+            }
+        })
+    }
+}
+
+/// `'day(event_time), country'`.
+///
+/// # Errors
+/// User: an entry that is not known, empty or given twice.
+pub fn parse_list(text: &str) -> Result<Vec<Partitioning>> {
+    let mut list = Vec::new();
+    for entry in text.split(',') {
+        let part = partitioning(entry.trim())?;
+        if list.contains(&part) {
+            return Err(Error::user(format!("partition_by = '{text}' names {} twice", entry.trim())));
+        }
+        list.push(part);
+    }
+    Ok(list)
+}
+
+fn partitioning(text: &str) -> Result<Partitioning> {
+    let hint = "Use a column, or year, month, day or hour of a TIMESTAMP column.";
+    let Some((name, rest)) = text.split_once('(') else {
+        return match text.is_empty() {
+            true => Err(Error::user("partition_by has an empty entry").hint(hint)),
+            false => Ok(Partitioning { transform: Transform::Identity, column: text.to_owned() }),
+        };
+    };
+    let transform = match name.trim().to_ascii_lowercase().as_str() {
+        "year" => Transform::Year,
+        "month" => Transform::Month,
+        "day" => Transform::Day,
+        "hour" => Transform::Hour,
+        other => return Err(Error::user(format!("partition_by: {other}() is not known")).hint(hint)),
+    };
+    let column = rest.trim_end().strip_suffix(')').map(str::trim);
+    match column {
+        Some(column) if !column.is_empty() => Ok(Partitioning { transform, column: column.to_owned() }),
+        Some(_) => Err(Error::user(format!("partition_by: {text} names no column")).hint(hint)),
+        None => Err(Error::user(format!("partition_by: {text} lacks its closing bracket")).hint(hint)),
+    }
+}
+
+fn first_of_month(day: i64) -> i32 {
+    (day - i64::from(civil(day).2) + 1) as i32
+}
+
+/// Year, month and day of a day number since 1970-01-01 (Howard Hinnant, *chrono-compatible low-level date
+/// algorithms*).
+pub fn civil(days: i64) -> (i32, u32, u32) {
+    let shifted = days + 719_468;
+    let era = shifted.div_euclid(146_097);
+    let of_era = shifted.rem_euclid(146_097);
+    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    (year as i32, month as u32, day as u32)
+}
+
+/// `2024-02-29`.
+pub fn date_text(days: i64) -> String {
+    let (year, month, day) = civil(days);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+/// `2024-02-29T23:59:59.123456Z`: says its zone itself, so no reader takes it for local time.
+pub fn time_text(micros: i64) -> String {
+    let date = date_text(micros.div_euclid(DAY));
+    let of_day = micros.rem_euclid(DAY);
+    let (hour, minute, second) = (of_day / HOUR, of_day / 60_000_000 % 60, of_day / 1_000_000 % 60);
+    format!("{date}T{hour:02}:{minute:02}:{second:02}.{:06}Z", of_day % 1_000_000)
+}
+
+/// A partition value as the Delta protocol writes it; `None` for NULL, and for the empty text, which the protocol
+/// cannot tell from NULL.
+///
+/// # Errors
+/// Internal: a type that cannot be shown.
+pub fn value_text(column: &ArrayRef, row: usize) -> Result<Option<String>> {
+    if column.is_null(row) {
+        return Ok(None);
+    }
+    if let Some(times) = column.as_primitive_opt::<TimestampMicrosecondType>() {
+        return Ok(Some(time_text(times.value(row))));
+    }
+    let text = ArrayFormatter::try_new(column.as_ref(), &FormatOptions::new())?.value(row).to_string();
+    Ok(Some(text).filter(|text| !text.is_empty()))
+}
+
+/// `name=value/`, as Hive names folders.
+pub fn folder(name: &str, value: Option<&str>) -> String {
+    match value {
+        None => format!("{}=__HIVE_DEFAULT_PARTITION__/", encode(name)),
+        Some(value) => format!("{}={}/", encode(name), encode(value)),
+    }
+}
+
+/// Percent-encodes everything that a folder name or a URI may not hold.
+fn encode(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' => out.push(byte as char),
+            _ => out.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    out
+}
+
+/// The path of a file as the log holds it: a URI, so the percent signs of folder names are encoded once more.
+pub fn uri(path: &str) -> String {
+    path.replace('%', "%25")
+}
