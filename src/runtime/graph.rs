@@ -161,7 +161,15 @@ impl Graph<'_> {
                     let tag = format!("g{:08}-s{shard}", self.world.manifest.generation);
                     let writer = DeltaWriter::new(config.clone(), &sink.schema, tag)?;
                     self.run(
-                        crate::runtime::sinks::DeltaTask { node, writer, inbox, reports, metrics }.run(),
+                        crate::runtime::sinks::DeltaTask {
+                            node,
+                            writer,
+                            epoch: self.world.manifest.epoch + 1,
+                            inbox,
+                            reports,
+                            metrics,
+                        }
+                        .run(),
                     );
                 }
                 SinkKind::Online { ttl_micros, .. } => {

@@ -29,6 +29,8 @@ fn coordinator_gone<E>(_: E) -> Error {
 pub struct DeltaTask {
     pub node: NodeId,
     pub writer: DeltaWriter,
+    /// The first epoch of this run, for the names of files.
+    pub epoch: u64,
     pub inbox: Inbox,
     pub reports: Sender<Report>,
     pub metrics: Arc<Metrics>,
@@ -42,15 +44,21 @@ impl DeltaTask {
     /// External: the table's store failed.
     pub async fn run(mut self) -> Result<()> {
         let mut watermark = START_OF_TIME;
+        let mut epoch = self.epoch;
         loop {
             match self.inbox.next().await? {
                 Event::Changes { batch, .. } => {
                     self.writer.write(&batch.rows)?;
+                    // Closed files leave the memory during the epoch.
+                    if self.writer.wants_upload() {
+                        self.writer.upload(epoch).await?;
+                    }
                     Metrics::add(&self.metrics.stored, batch.num_rows() as u64);
                 }
                 Event::Watermark { time, .. } => watermark = time,
                 Event::Barrier(barrier) => {
                     let prepared = self.writer.prepare(barrier.epoch).await?;
+                    epoch = barrier.epoch + 1;
                     let file = |f: crate::connectors::delta::PreparedFile| PreparedFile {
                         path: f.path,
                         size: f.size,
