@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use arrow::datatypes::SchemaRef;
 use datafusion::logical_expr::LogicalPlan;
-use datafusion::prelude::SessionContext;
 
 #[cfg(feature = "delta")]
 use crate::connectors::delta::DeltaConfig;
@@ -91,7 +90,7 @@ pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
                 }
             }
         }
-        add_sink(&mut lowering, &session, sink, &plan, &sources)?;
+        add_sink(&mut lowering, sink, &plan, &sources)?;
     }
     Ok(lowering.plan)
 }
@@ -152,7 +151,6 @@ fn scanned(plan: &LogicalPlan) -> Vec<String> {
 
 fn add_sink(
     lowering: &mut Lowering<'_>,
-    session: &SessionContext,
     sink: &CreateSink,
     plan: &LogicalPlan,
     sources: &BTreeMap<String, Arc<SourcePlan>>,
@@ -191,7 +189,6 @@ fn add_sink(
     let schema = Arc::clone(&lowering.plan.nodes[lowered.node].schema);
     let (kind, key) = connector_of(&connector, sink, &mut options, &schema)?;
     options.finish().map_err(placed)?;
-    let _ = session;
     let key = key_columns(sink, &schema, &key)?;
     let online = matches!(kind, SinkKind::Online { .. });
     let exchange =

@@ -18,7 +18,7 @@ use crate::state::store::StateStore;
 use crate::stream::{Message, Port, Positions};
 
 /// Epochs between full snapshots of the keyed state, which let older files go.
-const FULL_EVERY: u64 = 32;
+pub const FULL_EVERY: u64 = 32;
 
 /// Names a shard's state files.
 #[derive(Clone)]

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::operators::newest::{DirtyBatch, Newest};
 use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
-use crate::runtime::keyed::Saver;
+use crate::runtime::keyed::{FULL_EVERY, Saver};
 use crate::runtime::report::{Metrics, Report, StatePart};
 use crate::state::manifest::PreparedFile;
 use crate::stream::clock::Clock;
@@ -117,8 +117,6 @@ impl AppendTask {
 
 /// Keys per flush: a few script calls.
 const FLUSH_KEYS: usize = 4_000;
-/// Epochs between full snapshots, which let older files go.
-const FULL_EVERY: u64 = 32;
 
 /// Newest row per key. The store may be down: rows wait in the state, nothing else waits for it.
 pub struct OnlineTask {

@@ -181,7 +181,7 @@ impl Over {
             return Ok(None);
         }
         self.touched.clear();
-        self.load(batch, self.watermark)?;
+        self.load(batch)?;
         self.fresh.push(batch.clone());
         if !self.spec.want_latest {
             return Ok(None);
@@ -234,16 +234,18 @@ impl Over {
         Ok(out)
     }
 
-    /// Interns keys, stores the batch as a chunk and its rows as entries; rows below `pending_from` are final.
-    fn load(&mut self, batch: &ChangeBatch, pending_from: Micros) -> Result<()> {
-        let columns: Vec<ArrayRef> =
-            self.spec.partition_by.iter().map(|key| Arc::clone(batch.rows.column(*key))).collect();
-        self.intern(&columns, batch.num_rows())?;
-        let arguments = self
-            .arguments
-            .iter()
-            .map(|(column, presence)| Argument::new(batch.rows.column(*column), *presence))
-            .collect::<Result<Vec<_>>>()?;
+    /// Interns the keys of input rows (`slots` gets one slot per row) and reads their argument columns.
+    fn enter(&mut self, rows: &RecordBatch) -> Result<Vec<Argument>> {
+        let columns = self.key_columns(rows, true);
+        self.intern(&columns, rows.num_rows())?;
+        let argument = |(column, presence): &(usize, bool)| Argument::new(rows.column(*column), *presence);
+        self.arguments.iter().map(argument).collect()
+    }
+
+    /// Stores the batch as a chunk and its rows as pending entries; rows below the watermark are left out.
+    fn load(&mut self, batch: &ChangeBatch) -> Result<()> {
+        let pending_from = self.watermark;
+        let arguments = self.enter(&batch.rows)?;
         let times = batch.origin.time.values();
         let kept = times.iter().filter(|time| **time >= pending_from).count();
         self.late += (times.len() - kept) as u64;

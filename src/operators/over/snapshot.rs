@@ -10,7 +10,7 @@ use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema};
 
 use super::cells::{read_state, state_fields, write_states};
-use super::rows::{Argument, Entry};
+use super::rows::Entry;
 use super::{Cursor, Frame, Over};
 use crate::error::{Error, Result};
 use crate::stream::{ChangeBatch, Micros, Origin};
@@ -123,14 +123,7 @@ impl Over {
     /// Enters the rows that are pending or still in a frame, without touching any cell.
     fn restore_rows(&mut self, batch: &RecordBatch) -> Result<()> {
         let batch = without_origin(batch, &self.spec.input)?;
-        let columns =
-            self.spec.partition_by.iter().map(|key| Arc::clone(batch.rows.column(*key))).collect::<Vec<_>>();
-        self.intern(&columns, batch.num_rows())?;
-        let arguments = self
-            .arguments
-            .iter()
-            .map(|(column, presence)| Argument::new(batch.rows.column(*column), *presence))
-            .collect::<Result<Vec<_>>>()?;
+        let arguments = self.enter(&batch.rows)?;
         let oldest = if self.sliding.is_empty() { self.watermark } else { self.horizon() };
         let live = batch.origin.time.values().iter().filter(|time| **time >= oldest).count();
         if live == 0 {
