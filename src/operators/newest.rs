@@ -30,6 +30,7 @@ mod keys;
 mod store;
 #[cfg(test)]
 mod tests;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

@@ -13,6 +13,7 @@
 //! |---|---|
 //! | `fence` | newest generation that may write, 20 digits |
 //! | `flush:<shard>` | `<generation>-<flush number>-<call>` of the last script call that wrote, 20 + 20 + 10 digits |
+//! | `expires` | `1` once a row was written with an expiry |
 //! | `offset:<branch>:<topic>:<partition>` | next offset per place, 20 digits |
 //!
 //! Numbers have a fixed width because the script compares them as text: Lua's numbers lose integers above 2^53.
@@ -22,6 +23,8 @@
 //! Redis Cluster: the script touches keys of many slots, so they would have to be split by slot. TLS (`rediss://`).
 
 pub mod encode;
+#[cfg(test)]
+mod encode_tests;
 pub mod scan;
 mod script;
 mod store;

@@ -20,19 +20,22 @@ pub(super) const KEYS_PER_CALL: usize = 1_000;
 /// field and offset.
 ///
 /// The flush number is set last: when a command fails half way (wrong type, out of memory), the flush counts as not
-/// written and is written again. `PEXPIREAT` in the past deletes the key.
+/// written and is written again. `PEXPIREAT` in the past deletes the key. Only a sink that ever had a ttl pays for
+/// taking an old expiry away. Globals are copied to locals because Lua looks each use of a global up by name.
 pub(super) const WRITE: &str = r"
+local KEYS, ARGV, call, unpack, byte = KEYS, ARGV, redis.call, unpack, string.byte
 local book = KEYS[1]
-local fence = redis.call('HGET', book, 'fence')
+local fence = call('HGET', book, 'fence')
 if fence and fence > ARGV[1] then return {'FENCED', fence} end
 if not fence or fence < ARGV[1] then return {'LOST', fence or ''} end
-local done = redis.call('HGET', book, ARGV[2])
+local done = call('HGET', book, ARGV[2])
 if done and done >= ARGV[3] then return {'STALE', done} end
 if ARGV[4] ~= '' and done ~= ARGV[4] then return {'GAP', done or ''} end
 local fields, writes, deletes = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local expiring, nullable = ARGV[8] == '1', ARGV[9] == '1'
-local call, unpack, byte = redis.call, unpack, string.byte
-local pairs_of = {}
+local expires = call('HGET', book, 'expires')
+if expiring and not expires then call('HSET', book, 'expires', '1') end
+local pairs_of, set, gone = {}, {}, {}
 for f = 1, fields do pairs_of[2 * f - 1] = ARGV[9 + f] end
 local at, last = 9 + fields, 2 * fields
 for k = 2, writes + 1 do
@@ -43,7 +46,7 @@ for k = 2, writes + 1 do
     for f = 1, fields do pairs_of[2 * f] = ARGV[at + f] end
     call('HSET', key, unpack(pairs_of, 1, last))
   else
-    local set, gone, s, g = {}, {}, 0, 0
+    local s, g = 0, 0
     for f = 1, fields do
       if byte(nulls, f) == 49 then
         g = g + 1 gone[g] = ARGV[9 + f]
@@ -55,7 +58,11 @@ for k = 2, writes + 1 do
     if s > 0 then call('HSET', key, unpack(set, 1, s)) end
   end
   at = at + fields
-  if expiring and expiry ~= '' then call('PEXPIREAT', key, expiry) else call('PERSIST', key) end
+  if expiring and expiry ~= '' then
+    call('PEXPIREAT', key, expiry)
+  elseif expires then
+    call('PERSIST', key)
+  end
 end
 if deletes > 0 then call('DEL', unpack(KEYS, writes + 2, writes + deletes + 1)) end
 for i = at + 1, #ARGV, 2 do

@@ -1,4 +1,4 @@
-//! Pure ones for the texts, the rest against a real server: the one that `MILLSTREAM_TEST_REDIS` names, else one
+//! Options and bookkeeping, then everything against a real server: the one that `MILLSTREAM_TEST_REDIS` names, else one
 //! that the test starts itself when `redis-server` is installed.
 
 use std::process::{Child, Command, Stdio};
@@ -6,15 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use arrow::array::{
-    Array, ArrayRef, AsArray, BinaryArray, BooleanArray, Date32Array, Decimal128Array, DictionaryArray,
-    Float32Array, Float64Array, Int8Array, Int64Array, RecordBatch, StringArray, StringViewArray,
-    Time64MicrosecondArray, TimestampMicrosecondArray, TimestampMillisecondArray, UInt64Array,
-};
-use arrow::datatypes::{DataType, Field, Float64Type, Int32Type, Int64Type, Schema, SchemaRef};
+use arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, RecordBatch, StringArray};
+use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, SchemaRef};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
-use super::encode::{TextColumn, has_text_form, null_keys};
-use super::scan::{decode, get, read_all};
+use super::encode::null_keys;
+use super::scan::{get, read_all};
 use super::store::Pool;
 use super::wire::Reply;
 use super::{RedisConfig, RedisStore, script};
@@ -22,127 +20,6 @@ use crate::connectors::{Flushed, OnlineStore, OnlineWrite};
 use crate::sql::options::Options;
 use crate::stream::clock::Clock;
 use crate::stream::{Place, Positions};
-
-/// Knuth's MMIX generator: small, seeded, the same everywhere.
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u64 {
-        let mut step = || {
-            self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            self.0 >> 32
-        };
-        step() << 32 | step()
-    }
-}
-
-fn texts(array: ArrayRef) -> Vec<Option<String>> {
-    let mut column = TextColumn::default();
-    column.fill(&array).unwrap();
-    let cell = |row| String::from_utf8(column.cell(row).to_vec()).unwrap();
-    (0..array.len()).map(|row| (!column.is_null(row)).then(|| cell(row))).collect()
-}
-
-/// Writes, compares with `expected`, reads back, compares with what was written.
-fn both_ways(array: impl Array + 'static, expected: &[Option<&str>]) {
-    let array: ArrayRef = Arc::new(array);
-    assert!(has_text_form(array.data_type()));
-    let found = texts(array.clone());
-    assert_eq!(found.iter().map(Option::as_deref).collect::<Vec<_>>(), expected);
-    let bytes: BinaryArray = found.iter().map(|text| text.as_ref().map(String::as_bytes)).collect();
-    let bytes: ArrayRef = Arc::new(bytes);
-    assert_eq!(&decode(&bytes, array.data_type()).unwrap(), &array, "{}", array.data_type());
-}
-
-#[test]
-fn every_type_has_its_text_and_reads_back() {
-    both_ways(BooleanArray::from(vec![Some(true), None, Some(false)]), &[Some("true"), None, Some("false")]);
-    both_ways(Int8Array::from(vec![-128, 127]), &[Some("-128"), Some("127")]);
-    let beyond_lua = Int64Array::from(vec![i64::MIN, 9_007_199_254_740_993]);
-    both_ways(beyond_lua, &[Some("-9223372036854775808"), Some("9007199254740993")]);
-    both_ways(UInt64Array::from(vec![u64::MAX]), &[Some("18446744073709551615")]);
-    let doubles =
-        vec![Some(0.1), Some(100.0), Some(-0.0), None, Some(1e300), Some(5e-324), Some(f64::INFINITY)];
-    let expected =
-        [Some("0.1"), Some("100.0"), Some("-0.0"), None, Some("1e+300"), Some("5e-324"), Some("inf")];
-    both_ways(Float64Array::from(doubles), &expected);
-    both_ways(Float32Array::from(vec![0.1, f32::NEG_INFINITY]), &[Some("0.1"), Some("-inf")]);
-    assert_eq!(texts(Arc::new(Float64Array::from(vec![f64::NAN, -f64::NAN]))), vec![Some("NaN".into()); 2]);
-    both_ways(StringArray::from(vec![Some(""), None, Some("a:b\r\n")]), &[Some(""), None, Some("a:b\r\n")]);
-    both_ways(StringViewArray::from(vec!["a text longer than a view"]), &[Some("a text longer than a view")]);
-    both_ways(BinaryArray::from(vec![b"x\0y".as_slice()]), &[Some("x\0y")]);
-    let decimals = Decimal128Array::from(vec![12_345, -5]).with_precision_and_scale(10, 2).unwrap();
-    both_ways(decimals, &[Some("123.45"), Some("-0.05")]);
-    both_ways(Time64MicrosecondArray::from(vec![51_005_951_000]), &[Some("14:10:05.951")]);
-    let words: DictionaryArray<Int32Type> = ["b", "a", "b"].into_iter().collect();
-    assert_eq!(texts(Arc::new(words)), [Some("b".into()), Some("a".into()), Some("b".into())]);
-    for span in
-        [DataType::Duration(arrow::datatypes::TimeUnit::Second), DataType::new_list(DataType::Int64, true)]
-    {
-        assert!(!has_text_form(&span));
-    }
-}
-
-#[test]
-fn times_are_rfc_3339_in_utc() {
-    let times = vec![
-        Some(1_712_844_605_951_000),
-        Some(1_712_844_605_000_000),
-        Some(-1),
-        None,
-        Some(1_712_844_605_951_070),
-    ];
-    let expected = [
-        Some("2024-04-11T14:10:05.951Z"),
-        Some("2024-04-11T14:10:05Z"),
-        Some("1969-12-31T23:59:59.999999Z"),
-        None,
-        Some("2024-04-11T14:10:05.951070Z"),
-    ];
-    both_ways(TimestampMicrosecondArray::from(times).with_timezone("UTC"), &expected);
-    let millis = TimestampMillisecondArray::from(vec![951]).with_timezone("UTC");
-    both_ways(millis, &[Some("1970-01-01T00:00:00.951Z")]);
-    both_ways(
-        Date32Array::from(vec![0, -719_528, 19_824]),
-        &[Some("1970-01-01"), Some("0000-01-01"), Some("2024-04-11")],
-    );
-    // Against chrono, over the years 0 to 9999.
-    let (seed, days) = (7, 3_652_425);
-    println!("seed {seed}");
-    let mut dice = Dice(seed);
-    let values: Vec<i32> = (0..20_000).map(|_| (dice.next() % days) as i32 - 719_528).collect();
-    let found = texts(Arc::new(Date32Array::from(values.clone())));
-    for (value, text) in values.iter().zip(found) {
-        let epoch = chrono::NaiveDate::from_ymd_opt(1970, 1, 1).unwrap();
-        let expected = epoch + chrono::Duration::days(i64::from(*value));
-        assert_eq!(text.unwrap(), expected.to_string());
-    }
-}
-
-#[test]
-fn doubles_have_the_fewest_digits_that_read_back() {
-    let seed = 11;
-    println!("seed {seed}");
-    let mut dice = Dice(seed);
-    let values: Vec<f64> =
-        (0..50_000).map(|_| f64::from_bits(dice.next())).filter(|value| value.is_finite()).collect();
-    let found = texts(Arc::new(Float64Array::from(values.clone())));
-    let digits = |text: &str| {
-        let mantissa = text.split(['e', 'E']).next().unwrap().replace(['-', '.'], "");
-        mantissa.trim_matches('0').len()
-    };
-    for (value, text) in values.iter().zip(&found) {
-        let text = text.as_ref().unwrap();
-        assert_eq!(text.parse::<f64>().unwrap().to_bits(), value.to_bits());
-        assert_eq!(digits(text), digits(&format!("{value:e}")), "{text}");
-    }
-    let bytes: ArrayRef =
-        Arc::new(BinaryArray::from_iter(found.iter().map(|text| text.as_ref().map(String::as_bytes))));
-    let back = decode(&bytes, &DataType::Float64).unwrap();
-    let back: Vec<u64> =
-        back.as_primitive::<Float64Type>().values().iter().map(|value| value.to_bits()).collect();
-    assert_eq!(back, values.iter().map(|value| value.to_bits()).collect::<Vec<_>>());
-}
 
 #[test]
 fn options_are_checked_and_passwords_masked() {
@@ -202,7 +79,8 @@ impl Drop for Server {
     }
 }
 
-fn spawn(port: u16, folder: &std::path::Path) -> Option<Child> {
+/// `durable`: what was acknowledged survives a kill.
+fn spawn(port: u16, folder: &std::path::Path, durable: bool) -> Option<Child> {
     let port = port.to_string();
     let words = [
         "--port",
@@ -212,7 +90,7 @@ fn spawn(port: u16, folder: &std::path::Path) -> Option<Child> {
         "--save",
         "",
         "--appendonly",
-        "yes",
+        if durable { "yes" } else { "no" },
         "--appendfsync",
         "always",
     ];
@@ -222,10 +100,10 @@ fn spawn(port: u16, folder: &std::path::Path) -> Option<Child> {
 }
 
 /// A server of the test's own, which it may stop and empty.
-async fn own_server() -> Option<Server> {
+async fn own_server(durable: bool) -> Option<Server> {
     let folder = tempfile::tempdir().unwrap();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let Some(child) = spawn(port, folder.path()) else {
+    let Some(child) = spawn(port, folder.path(), durable) else {
         assert!(var("MILLSTREAM_REQUIRE_SERVICES").is_none(), "redis-server is not installed");
         eprintln!("skipped: install redis-server");
         return None;
@@ -237,7 +115,7 @@ async fn own_server() -> Option<Server> {
 
 async fn wait_for(port: u16) {
     for _ in 0..200 {
-        if tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
+        if TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -253,7 +131,7 @@ fn var(name: &str) -> Option<String> {
 async fn server() -> Option<Server> {
     match var("MILLSTREAM_TEST_REDIS") {
         Some(url) => Some(Server { url, own: None }),
-        None => own_server().await,
+        None => own_server(false).await,
     }
 }
 
@@ -409,7 +287,7 @@ async fn a_fenced_zombie_and_a_stale_flush_write_nothing() {
 
 #[tokio::test]
 async fn an_emptied_server_is_noticed() {
-    let Some(server) = own_server().await else { return };
+    let Some(server) = own_server(false).await else { return };
     let sink = Sink::new(&server).await;
     let write = put(rows(&[(Some(1), Some(1.0), None)]));
     sink.store.raise_fence(3).await.unwrap();
@@ -480,7 +358,7 @@ async fn a_flush_of_many_calls_is_whole_and_raises_offsets_last() {
 
 #[tokio::test]
 async fn the_connection_comes_back_after_a_restart_of_the_server() {
-    let Some(mut server) = own_server().await else { return };
+    let Some(mut server) = own_server(true).await else { return };
     let sink = Sink::new(&server).await;
     sink.store.raise_fence(1).await.unwrap();
     let write = |amount| put(rows(&[(Some(1), Some(amount), None)]));
@@ -494,10 +372,10 @@ async fn the_connection_comes_back_after_a_restart_of_the_server() {
     assert_eq!(error.domain(), crate::error::Domain::External);
     println!("{error}");
     // Back within the pauses of one flush.
-    let (third, reached) = (write(3.0), at(3));
-    let (flushed, ()) = tokio::join!(sink.store.flush(1, 0, 3, &third, &reached), async {
+    let (third, offsets) = (write(3.0), at(3));
+    let (flushed, ()) = tokio::join!(sink.store.flush(1, 0, 3, &third, &offsets), async {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        *child = spawn(*port, folder.path()).unwrap();
+        *child = spawn(*port, folder.path(), true).unwrap();
     });
     assert_eq!(flushed.unwrap(), Flushed::Done);
     assert_eq!(sink.content().await, [(1, Some(3.0), None)]);
@@ -507,10 +385,11 @@ async fn the_connection_comes_back_after_a_restart_of_the_server() {
 /// Printed, not asserted: machines and profiles differ.
 #[tokio::test]
 async fn a_hundred_thousand_keys() {
-    let Some(server) = server().await else { return };
+    let Some(server) = own_server(false).await else { return };
     let sink = Sink::new(&server).await;
     sink.store.raise_fence(1).await.unwrap();
-    let rows: Vec<_> = (0..100_000).map(|user| (Some(user), Some(user as f64 * 0.37), None)).collect();
+    let rows: Vec<_> =
+        (0..100_000).map(|user| (Some(user), Some(user as f64 * 0.37), Some("a note"))).collect();
     let batch = self::rows(&rows);
     let far = Clock.unix_millis() + 600_000;
     for (number, (what, expiry)) in [("no ttl", None), ("with ttl", Some(far))].into_iter().enumerate() {
@@ -535,11 +414,64 @@ async fn a_hundred_thousand_keys() {
         read_all(&sink.config, &schema()).await.unwrap().iter().map(RecordBatch::num_rows).sum();
     println!("read back in {} ms", (Clock.instant() - again).as_millis());
     assert_eq!(found, rows.len());
-    sink.ask(&[
-        "EVAL",
-        "for _, k in ipairs(redis.call('KEYS', ARGV[1])) do redis.call('UNLINK', k) end",
-        "0",
-        &format!("\\[{}\\]\\*:*", sink.name),
-    ])
-    .await;
+}
+
+/// Passes bytes on until the answer to the first flush, which it swallows together with the connection.
+async fn lose_first_answer(mut client: TcpStream, mut server: TcpStream) {
+    let (mut from_client, mut from_server) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
+    let mut flushing = false;
+    loop {
+        tokio::select! {
+            read = client.read(&mut from_client) => {
+                let bytes = &from_client[..read.unwrap()];
+                flushing |= bytes.windows(7).any(|word| word == b"EVALSHA");
+                server.write_all(bytes).await.unwrap();
+            }
+            read = server.read(&mut from_server) => {
+                let read = read.unwrap();
+                if flushing {
+                    return;
+                }
+                client.write_all(&from_server[..read]).await.unwrap();
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_flush_whose_answer_was_lost_is_sent_again_and_counts_once() {
+    let Some(server) = own_server(false).await else { return };
+    let direct = Sink::new(&server).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("redis://{}", listener.local_addr().unwrap());
+    let target = server.url.trim_start_matches("redis://").to_owned();
+    let proxy = async {
+        let mut connections = 0;
+        loop {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut server = TcpStream::connect(&target).await.unwrap();
+            connections += 1;
+            println!("connection {connections}");
+            match connections {
+                1 => lose_first_answer(client, server).await,
+                _ => drop(tokio::io::copy_bidirectional(&mut client, &mut server).await),
+            }
+        }
+    };
+    let flush = async {
+        let config = RedisConfig { url, ..direct.config.clone() };
+        let store = RedisStore::connect(&config, "test", &direct.name, &schema()).await.unwrap();
+        store.raise_fence(1).await.unwrap();
+        let many: Vec<_> = (0..5_500).map(|user| (Some(user), Some(user as f64), Some("x"))).collect();
+        assert_eq!(store.flush(1, 0, 7, &put(rows(&many)), &at(9)).await.unwrap(), Flushed::Done);
+        let found = direct.content().await;
+        assert_eq!(found.len(), many.len());
+        assert_eq!(store.open().await.unwrap().consumed, at(9));
+        // The same number from another caller is not ours.
+        assert_eq!(direct.store.flush(1, 0, 7, &put(rows(&many)), &at(9)).await.unwrap(), Flushed::Stale);
+    };
+    tokio::select! {
+        () = proxy => {}
+        () = flush => {}
+    }
 }
