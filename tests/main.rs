@@ -4,6 +4,9 @@
     reason = "tests read clocks and the environment, and wait for processes"
 )]
 
+mod case;
+mod faults;
 mod layout;
+mod online;
 mod pipeline;
 mod slt;

@@ -57,10 +57,20 @@ pub struct DirtyBatch {
     pub slots: Vec<u32>,
     /// The version of each slot's row when it was taken.
     pub versions: Vec<u32>,
+    /// Event time of each row, µs.
+    pub times: Vec<Micros>,
     /// One row per key.
     pub rows: RecordBatch,
     /// Event time + ttl in ms since the epoch, rounded down; `None` without a ttl.
     pub expire_at_ms: Option<Int64Array>,
+}
+
+impl DirtyBatch {
+    /// No rows, for a flush that only says how far the stream was read.
+    pub fn empty(schema: &SchemaRef) -> Self {
+        let rows = RecordBatch::new_empty(schema.clone());
+        Self { slots: Vec::new(), versions: Vec::new(), times: Vec::new(), rows, expire_at_ms: None }
+    }
 }
 
 /// What is known of one slot, apart from its row.
@@ -199,6 +209,12 @@ impl Newest {
         Ok(nulls)
     }
 
+    /// Rows of the batch last pushed that had a NULL in a key column.
+    pub fn rows_without_key(&self) -> impl Iterator<Item = usize> + '_ {
+        let without = self.row_slots.iter().enumerate().filter(|(_, slot)| **slot == NO_SLOT);
+        without.map(|(row, _)| row)
+    }
+
     /// Puts back what snapshots hold. Later batches win, whatever their order keys say: they are later states of the
     /// same table. Dirty marks are as stored.
     ///
@@ -255,6 +271,7 @@ impl Newest {
             slots.iter().map(expiry).collect::<Vec<i64>>().into()
         };
         Ok(Some(DirtyBatch {
+            times: slots.iter().map(|&slot| self.slots[slot as usize].time).collect(),
             versions: slots.iter().map(|&slot| self.slots[slot as usize].version).collect(),
             rows: self.chunks.gather(slots.iter().map(|&slot| self.at[slot as usize]))?,
             expire_at_ms: self.ttl.map(expire_at),

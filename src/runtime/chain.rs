@@ -12,8 +12,9 @@ use tokio::sync::mpsc::Sender;
 use crate::error::{Error, Result};
 use crate::operators::stateless::{Failed, filter, project};
 use crate::plan::{NodeId, NodeKind, StreamPlan};
+use crate::runtime::letters;
 use crate::state::keys::{hash_keys, scatter};
-use crate::stream::{ChangeBatch, DeadLetter, Message, Place, Port, Positions, Stage};
+use crate::stream::{ChangeBatch, DeadLetter, Message, Port, Positions, Stage};
 
 /// Where the rows of a stage leave it.
 #[derive(Debug, Clone)]
@@ -85,28 +86,13 @@ impl Chain {
                 _ => return Err(Error::internal(format!("{} has no outlet", plan.nodes[reader].id))),
             };
             for (row, reason) in failed {
-                self.dead.push(self.dead_letter(view, batch, row, reason));
+                let letter =
+                    letters::of_row(Stage::Expression, view, "expression", &self.topics, batch, row, reason);
+                self.dead.push(letter);
             }
             self.run(reader, port, &next, reached, out)?;
         }
         Ok(())
-    }
-
-    fn dead_letter(&self, view: &Arc<str>, batch: &ChangeBatch, row: usize, error: String) -> DeadLetter {
-        let (_, place, offset) = batch.origin.key(row);
-        let place = Place(place);
-        DeadLetter {
-            stage: Stage::Expression,
-            at: Arc::clone(view),
-            topic: self.topics.get(usize::from(place.topic())).cloned().unwrap_or_else(|| "".into()),
-            partition: place.partition(),
-            offset,
-            timestamp_ms: None,
-            key: None,
-            payload: None,
-            error,
-            kind: "expression",
-        }
     }
 
     fn send(

@@ -60,6 +60,8 @@ struct Coordinator {
     last: Manifest,
     deleted: BTreeSet<String>,
     ended: usize,
+    /// The newest epoch whose manifest is published, for tasks that wait for it.
+    durable: watch::Sender<u64>,
 }
 
 /// Runs a pipeline until `stop` says so, or until its end.
@@ -77,10 +79,21 @@ pub async fn run(
     if world.manifest.closed {
         return Ok(Outcome::AlreadyClosed);
     }
-    let tasks = spawn(Arc::clone(&plan), &world, options.parallelism, Arc::clone(&metrics)).await?;
+    let (durable, published) = watch::channel(0);
+    let tasks =
+        spawn(Arc::clone(&plan), &world, options.parallelism, Arc::clone(&metrics), published).await?;
     let last = world.manifest.clone();
-    let mut coordinator =
-        Coordinator { plan, world, tasks, options, metrics, last, deleted: BTreeSet::new(), ended: 0 };
+    let mut coordinator = Coordinator {
+        plan,
+        world,
+        tasks,
+        options,
+        metrics,
+        last,
+        deleted: BTreeSet::new(),
+        ended: 0,
+        durable,
+    };
     coordinator.drive(stop).await
 }
 
@@ -110,6 +123,7 @@ impl Coordinator {
             let closing = end && self.options.close;
             self.epoch(end, closing).await?;
             if end {
+                self.farewell().await?;
                 return Ok(if closing { Outcome::Closed } else { Outcome::Stopped });
             }
         }
@@ -131,11 +145,22 @@ impl Coordinator {
         self.world.orphans.clear();
         self.world.store.publish(&next).await?;
         self.metrics.epoch.store(next.epoch, Ordering::Relaxed);
+        self.durable.send_replace(next.epoch);
         self.commit(&next).await?;
         self.world.store.check_fence(next.epoch).await?;
         self.world.store.delete_files(&next.garbage).await?;
         self.deleted = next.garbage.iter().cloned().collect();
         self.last = next;
+        Ok(())
+    }
+
+    /// Waits for what tasks do after the last manifest.
+    async fn farewell(&mut self) -> Result<()> {
+        while let Some(report) = self.tasks.reports.recv().await {
+            if let Report::Failed(error) = report {
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
@@ -240,7 +265,9 @@ impl Coordinator {
             });
             debug_assert!(next.files.iter().all(|file| file.epoch < epoch));
             let watermark = parts.iter().map(|part| part.watermark).min().filter(|at| *at != START_OF_TIME);
-            next.nodes.entry(id.clone()).or_default().watermark = watermark;
+            let generation = Some(next.generation);
+            let progress = next.nodes.entry(id.clone()).or_default();
+            (progress.watermark, progress.generation) = (watermark, generation);
         }
         next.files.extend(states.into_iter().flat_map(|(_, part)| part.files));
     }

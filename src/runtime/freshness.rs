@@ -38,6 +38,11 @@ impl Histogram {
         self.0[bucket(micros)].fetch_add(count, Ordering::Relaxed);
     }
 
+    /// How long before `now` each of `times` was, all in µs since the epoch; a time ahead of `now` counts as 0.
+    pub fn record_all(&self, now: i64, times: &[i64]) {
+        times.iter().for_each(|time| self.record(now.saturating_sub(*time).max(0).unsigned_abs(), 1));
+    }
+
     /// The value below which the share `q` of the recorded durations lie, in µs; `None` when nothing was recorded.
     pub fn quantile(&self, q: f64) -> Option<u64> {
         let counts: Vec<u64> = self.0.iter().map(|count| count.load(Ordering::Relaxed)).collect();

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::watch;
 
 #[cfg(feature = "delta")]
 use crate::connectors::delta::DeltaWriter;
@@ -14,8 +15,9 @@ use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::{KeyedTask, Saver};
+use crate::runtime::online::{Fence, FlushState, OnlineTask};
 use crate::runtime::report::{Command, Metrics, Report};
-use crate::runtime::sinks::{AppendTask, FlushState, OnlineTask};
+use crate::runtime::sinks::AppendTask;
 use crate::runtime::source::{SourceState, SourceTask};
 use crate::runtime::start::{World, restore};
 use crate::runtime::watermark::SourceClock;
@@ -39,10 +41,13 @@ struct Graph<'a> {
     parallelism: usize,
     metrics: Arc<Metrics>,
     reports: Sender<Report>,
+    durable: watch::Receiver<u64>,
     /// Receivers of a node that begins a task, by shard.
     inboxes: BTreeMap<NodeId, Vec<Vec<Receiver<Message>>>>,
 }
 
+/// `durable`: the newest epoch whose manifest is published.
+///
 /// # Errors
 /// External: state files or readers cannot be opened.
 pub async fn spawn(
@@ -50,11 +55,19 @@ pub async fn spawn(
     world: &World,
     parallelism: usize,
     metrics: Arc<Metrics>,
+    durable: watch::Receiver<u64>,
 ) -> Result<Tasks> {
     let (reports, receiver) = channel(1_024);
     let (source, _) = plan.source().ok_or_else(|| Error::internal("a plan without source was run"))?;
-    let mut graph =
-        Graph { plan: Arc::clone(&plan), world, parallelism, metrics, reports, inboxes: BTreeMap::new() };
+    let mut graph = Graph {
+        plan: Arc::clone(&plan),
+        world,
+        parallelism,
+        metrics,
+        reports,
+        durable,
+        inboxes: BTreeMap::new(),
+    };
     let source_chains = graph.chains(source);
     let mut shards = BTreeMap::new();
     for (id, node) in plan.nodes.iter().enumerate() {
@@ -175,23 +188,27 @@ impl Graph<'_> {
                 SinkKind::Online { ttl_micros, .. } => {
                     let mut newest = Newest::new(Arc::clone(&sink.schema), sink.key.clone(), *ttl_micros)?;
                     newest.restore(&restored.shards[shard])?;
-                    let (store, hold) = self.world.online.get(&node).cloned().ok_or_else(|| {
+                    let online = self.world.online.get(&node).cloned().ok_or_else(|| {
                         Error::internal(format!("the online sink {} was not opened", sink.name))
                     })?;
                     let task = OnlineTask {
                         node,
+                        sink: sink.name.as_str().into(),
+                        topics: self.world.source.topics(),
                         shard: shard as u32,
                         generation: self.world.manifest.generation,
                         key: sink.key.clone(),
                         newest,
-                        store,
-                        hold,
+                        store: online.store,
+                        hold: online.hold,
                         inbox,
                         reports,
                         saver: self.saver(node, shard),
                         metrics,
                         clock: Clock,
                         flushes: FlushState::at(self.world.positions.clone()),
+                        fence: if online.lost { Fence::Lost } else { Fence::Ours },
+                        durable: self.durable.clone(),
                     };
                     self.run(task.run());
                 }

@@ -8,7 +8,33 @@ use bytes::Bytes;
 use parquet::arrow::ArrowWriter;
 
 use crate::error::Result;
-use crate::stream::DeadLetter;
+use crate::stream::{ChangeBatch, DeadLetter, Place, Stage};
+
+/// The dead letter of a row that came out of a record: the record itself is found in the topic and its backup.
+pub fn of_row(
+    stage: Stage,
+    at: &Arc<str>,
+    kind: &'static str,
+    topics: &[Arc<str>],
+    batch: &ChangeBatch,
+    row: usize,
+    error: String,
+) -> DeadLetter {
+    let (_, place, offset) = batch.origin.key(row);
+    let place = Place(place);
+    DeadLetter {
+        stage,
+        at: Arc::clone(at),
+        topic: topics.get(usize::from(place.topic())).cloned().unwrap_or_else(|| "".into()),
+        partition: place.partition(),
+        offset,
+        timestamp_ms: None,
+        key: None,
+        payload: None,
+        error,
+        kind,
+    }
+}
 
 /// `topic, partition, offset` of late rows; `None` when there are none.
 ///

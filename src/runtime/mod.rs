@@ -10,6 +10,7 @@ mod graph;
 pub mod inbox;
 mod keyed;
 mod letters;
+mod online;
 pub mod report;
 mod sinks;
 mod source;

@@ -1,8 +1,8 @@
 //! The start of a pipeline: look, claim, replay, restore. Nothing is written before the claim.
 //!
 //! Order (DESIGN §5): reach every outside system; claim by a manifest with a new generation; create missing tables in
-//! commits of their own; replay the last manifest's prepared commits unchanged; raise the online stores' fences and
-//! read how far they had seen; restore operators. Then tasks are spawned.
+//! commits of their own; replay the last manifest's prepared commits unchanged; look at the online stores' fences,
+//! raise them and read how far they had seen; restore operators. Then tasks are spawned.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -36,7 +36,18 @@ pub struct World {
     pub ends: Positions,
     #[cfg(feature = "delta")]
     pub committers: BTreeMap<NodeId, DeltaCommitter>,
-    pub online: BTreeMap<NodeId, (Arc<dyn OnlineStore>, Positions)>,
+    pub online: BTreeMap<NodeId, Online>,
+}
+
+/// An online store, reached and, unless it was emptied, fenced.
+#[derive(Clone)]
+pub struct Online {
+    pub store: Arc<dyn OnlineStore>,
+    /// How far the store had seen the source.
+    pub hold: Positions,
+    /// The fence of the process that wrote our state is gone: the store was emptied or restored from an older copy.
+    /// It is raised once a manifest says that every row is to be written.
+    pub lost: bool,
 }
 
 /// # Errors
@@ -77,8 +88,7 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
     }
     let mut fenced = BTreeMap::new();
     for (node, store) in online {
-        let seen = claim_online(&store, manifest.generation).await?;
-        fenced.insert(node, (store, seen));
+        fenced.insert(node, claim_online(store, &plan.nodes[node].id, &manifest).await?);
     }
     let positions = positions(&manifest, source_plan, source.as_ref(), &partitions).await?;
     let ends = partitions.iter().map(|p| (Place::new(0, p.topic, p.partition), p.high)).collect();
@@ -149,16 +159,25 @@ async fn online_stores(plan: &StreamPlan, name: &str) -> Result<Vec<(NodeId, Arc
     Ok(stores)
 }
 
-/// Raises the fence and returns how far the store had seen the source.
-async fn claim_online(store: &Arc<dyn OnlineStore>, generation: u64) -> Result<Positions> {
-    let fence = store.raise_fence(generation).await?;
-    if fence > generation {
+/// Looks at the fence, raises it unless the store lost what it had, then reads how far the store had seen the source.
+async fn claim_online(store: Arc<dyn OnlineStore>, node: &str, manifest: &Manifest) -> Result<Online> {
+    let found = store.open().await?.fence;
+    // The generation under which the sink's state was written had raised its fence before.
+    let expected = manifest.nodes.get(node).map_or(0, |progress| progress.generation.unwrap_or(1));
+    let lost = found < expected;
+    let fence = if lost { found } else { store.raise_fence(manifest.generation).await? };
+    if fence > manifest.generation {
         return Err(Error::fenced(format!(
-            "the online store belongs to generation {fence}, this process has {generation}"
+            "the online store belongs to generation {fence}, this process has {}",
+            manifest.generation
         ))
         .hint("Another state writes this sink; give the sink another prefix, or stop the other pipeline."));
     }
-    Ok(store.open().await?.consumed)
+    if lost {
+        tracing::warn!(sink = node, "the online store lost its fence, every key is written again");
+    }
+    let hold = if lost { Positions::default() } else { store.open().await?.consumed };
+    Ok(Online { store, hold, lost })
 }
 
 #[cfg(feature = "delta")]

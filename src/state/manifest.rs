@@ -148,6 +148,9 @@ pub struct NodeProgress {
     pub watermark: Option<Micros>,
     /// By source: the offsets that this node's state was built from. Older ledger entries do not apply to it.
     pub birth: BTreeMap<String, Vec<PartitionProgress>>,
+    /// Of the process that wrote this node's part of the newest data manifest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generation: Option<u64>,
     /// Facts that only the operator or sink understands.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub facts: Option<Value>,

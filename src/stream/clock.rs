@@ -14,6 +14,12 @@ impl Clock {
         i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
     }
 
+    /// Microseconds since the epoch.
+    pub fn unix_micros(self) -> i64 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+    }
+
     /// For measuring how long something takes.
     pub fn instant(self) -> Instant {
         Instant::now()

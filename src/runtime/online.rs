@@ -1,0 +1,342 @@
+//! The task of one shard of an online sink: the newest row per key, kept in state, written to the store on arrival.
+//!
+//! # A store that lost its content
+//! A fence that is missing or lower than ours says that the store was emptied or restored from an older copy
+//! (DESIGN §5 *Redis*). Then, in this order: ask the manifests whether we still own the pipeline; mark every row
+//! dirty; wait until a manifest holds those marks; raise the fence; write every row. Raised earlier, a crash would
+//! leave a valid fence over missing keys, and nobody would write them again. Until the fence is ours nothing is
+//! written; rows wait in the state and nothing else waits for them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use tokio::sync::mpsc::Sender;
+use tokio::sync::watch;
+
+use crate::connectors::{Flushed, OnlineStore, OnlineWrite};
+use crate::error::{Error, Result};
+use crate::operators::newest::{DirtyBatch, Newest};
+use crate::plan::NodeId;
+use crate::runtime::inbox::{Event, Inbox};
+use crate::runtime::keyed::{FULL_EVERY, Saver};
+use crate::runtime::letters;
+use crate::runtime::report::{Metrics, Report, StatePart};
+use crate::runtime::sinks::coordinator_gone;
+use crate::stream::clock::Clock;
+use crate::stream::{ChangeBatch, DeadLetter, END_OF_TIME, Micros, Positions, START_OF_TIME, Stage};
+
+/// Keys per flush: a few script calls.
+const FLUSH_KEYS: usize = 4_000;
+/// How often a task that may not write looks whether it may again.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// Failed writes in a row after which a stop no longer waits for the store.
+const PATIENCE: u32 = 5;
+
+/// Whether the store is ours to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fence {
+    Ours,
+    /// Every row is marked dirty, in memory only.
+    Lost,
+    /// The marks are in the state of this epoch; once its manifest is published the fence may be raised.
+    Marked {
+        epoch: u64,
+    },
+}
+
+/// Newest row per key. The store may be down: rows wait in the state, nothing else waits for it.
+pub struct OnlineTask {
+    pub node: NodeId,
+    /// The sink's name, for dead letters.
+    pub sink: Arc<str>,
+    pub topics: Vec<Arc<str>>,
+    pub shard: u32,
+    pub generation: u64,
+    pub key: Vec<usize>,
+    pub newest: Newest,
+    pub store: Arc<dyn OnlineStore>,
+    /// Positions that the store had seen: until all are passed, nothing is written (a replay shows no older value).
+    pub hold: Positions,
+    pub inbox: Inbox,
+    pub reports: Sender<Report>,
+    pub saver: Saver,
+    pub metrics: Arc<Metrics>,
+    pub clock: Clock,
+    pub flushes: FlushState,
+    pub fence: Fence,
+    /// The newest epoch whose manifest is published.
+    pub durable: watch::Receiver<u64>,
+}
+
+/// Progress of a shard's flushes, and what could not be flushed.
+#[derive(Default)]
+pub struct FlushState {
+    number: u64,
+    consumed: Positions,
+    watermark: Micros,
+    retry_at: Option<std::time::Instant>,
+    failures: u32,
+    dead: Vec<DeadLetter>,
+    /// An epoch has ended: even without rows, see that the store still has our fence.
+    probe: bool,
+}
+
+impl FlushState {
+    /// `consumed`: positions that the restored state already includes.
+    pub fn at(consumed: Positions) -> Self {
+        Self { consumed, watermark: START_OF_TIME, ..Self::default() }
+    }
+}
+
+impl OnlineTask {
+    /// Runs until the last barrier.
+    ///
+    /// # Errors
+    /// Fenced: a newer process owns the store. External: the state store failed.
+    pub async fn run(mut self) -> Result<()> {
+        if self.fence == Fence::Lost {
+            self.newest.mark_all_dirty();
+        }
+        loop {
+            if self.may_regain() {
+                self.regain().await?;
+            }
+            let event = if self.may_flush() {
+                // Take what has already arrived, so that a key is written once for many rows.
+                match (self.newest.dirty_len() < FLUSH_KEYS).then(|| self.inbox.next().now_or_never()) {
+                    Some(Some(event)) => event?,
+                    _ => {
+                        self.flush().await?;
+                        continue;
+                    }
+                }
+            } else if self.flushes.retry_at.is_some() || self.fence != Fence::Ours {
+                match tokio::time::timeout(LOOK_AGAIN, self.inbox.next()).await {
+                    Ok(event) => event?,
+                    Err(_) => continue,
+                }
+            } else {
+                self.inbox.next().await?
+            };
+            match event {
+                Event::Changes { batch, reached } => {
+                    self.flushes.consumed.raise_all(&reached);
+                    self.push(&batch)?;
+                }
+                Event::Watermark { time, reached } => {
+                    self.flushes.consumed.raise_all(&reached);
+                    self.flushes.watermark = time;
+                }
+                Event::Barrier(barrier) => {
+                    if barrier.last {
+                        self.drain().await?;
+                    }
+                    self.save(barrier.epoch).await?;
+                    if barrier.last {
+                        return self.finish().await;
+                    }
+                    self.flushes.probe = true;
+                }
+                Event::End => return Ok(()),
+            }
+        }
+    }
+
+    fn push(&mut self, batch: &ChangeBatch) -> Result<()> {
+        if self.newest.push(batch)? == 0 {
+            return Ok(());
+        }
+        for row in self.newest.rows_without_key() {
+            let error = "a key column of the online sink is NULL".to_owned();
+            self.flushes.dead.push(letters::of_row(
+                Stage::Sink,
+                &self.sink,
+                "null_key",
+                &self.topics,
+                batch,
+                row,
+                error,
+            ));
+        }
+        Ok(())
+    }
+
+    fn held(&self) -> bool {
+        self.hold
+            .iter()
+            .any(|(place, at)| self.flushes.consumed.get(place).is_none_or(|consumed| consumed < at))
+    }
+
+    fn waits(&self) -> bool {
+        self.flushes.retry_at.is_some_and(|at| self.clock.instant() < at)
+    }
+
+    fn may_flush(&self) -> bool {
+        let wanted = self.newest.dirty_len() > 0 || self.flushes.probe;
+        self.fence == Fence::Ours && wanted && !self.waits() && !self.held()
+    }
+
+    fn may_regain(&self) -> bool {
+        matches!(self.fence, Fence::Marked { epoch } if *self.durable.borrow() >= epoch) && !self.waits()
+    }
+
+    /// Writes what is dirty once; a failure of the store is ridden out with back-off.
+    async fn flush(&mut self) -> Result<()> {
+        let dirty = match self.newest.take_dirty(FLUSH_KEYS)? {
+            Some(dirty) => dirty,
+            None if self.flushes.probe => DirtyBatch::empty(self.newest.schema()),
+            None => return Ok(()),
+        };
+        self.flushes.probe = false;
+        self.flushes.number += 1;
+        let write =
+            OnlineWrite { rows: dirty.rows.clone(), expire_at_ms: dirty.expire_at_ms.clone(), deletes: None };
+        let consumed = &self.flushes.consumed;
+        let done = self.store.flush(self.generation, self.shard, self.flushes.number, &write, consumed).await;
+        match done {
+            Ok(Flushed::Done) => {
+                self.newest.acknowledge(&dirty);
+                (self.flushes.failures, self.flushes.retry_at) = (0, None);
+                Metrics::add(&self.metrics.served, dirty.slots.len() as u64);
+                self.metrics.freshness.record_all(self.clock.unix_micros(), &dirty.times);
+                if !dirty.slots.is_empty() {
+                    self.metrics.show(&dirty.rows);
+                }
+                Ok(())
+            }
+            Ok(Flushed::Stale) => {
+                self.newest.give_back(&dirty);
+                Ok(())
+            }
+            Ok(Flushed::Fenced { by }) => Err(self.fenced(by)),
+            Ok(Flushed::FenceLost) => self.lose(&dirty).await,
+            Err(error) => {
+                self.newest.give_back(&dirty);
+                self.back_off(&error);
+                Ok(())
+            }
+        }
+    }
+
+    fn fenced(&self, by: u64) -> Error {
+        Error::fenced(format!(
+            "the online store belongs to generation {by}, this process has {}",
+            self.generation
+        ))
+        .hint("A newer process of this pipeline runs; this one wrote nothing more.")
+    }
+
+    /// The store was emptied or restored: are we still the owner? Then every key is to be written again.
+    async fn lose(&mut self, dirty: &DirtyBatch) -> Result<()> {
+        self.newest.give_back(dirty);
+        if let Some(newest) = self.saver.store.latest().await?
+            && newest.generation > self.generation
+        {
+            return Err(self.fenced(newest.generation));
+        }
+        tracing::warn!(sink = %self.sink, "the online store lost its fence, every key is written again");
+        self.newest.mark_all_dirty();
+        self.fence = Fence::Lost;
+        Ok(())
+    }
+
+    /// The marks are durable: takes the store back.
+    async fn regain(&mut self) -> Result<()> {
+        let raised = async {
+            let fence = self.store.raise_fence(self.generation).await?;
+            Ok::<_, Error>((fence, self.store.open().await?))
+        };
+        match raised.await {
+            Ok((fence, _)) if fence > self.generation => Err(self.fenced(fence)),
+            Ok((_, state)) => {
+                self.hold = state.consumed;
+                self.fence = Fence::Ours;
+                (self.flushes.failures, self.flushes.retry_at) = (0, None);
+                Ok(())
+            }
+            Err(error) => {
+                self.back_off(&error);
+                Ok(())
+            }
+        }
+    }
+
+    fn back_off(&mut self, error: &Error) {
+        if self.flushes.failures == 0 {
+            tracing::warn!(%error, "the online store failed; newest values wait until it is back");
+        }
+        self.flushes.failures += 1;
+        let wait = Duration::from_millis(100 << self.flushes.failures.min(6));
+        self.flushes.retry_at = Some(self.clock.instant() + wait);
+    }
+
+    /// Before the end: everything is written, or said not to be.
+    async fn drain(&mut self) -> Result<()> {
+        while self.newest.dirty_len() > 0 && self.fence == Fence::Ours {
+            if self.held() {
+                let keys = self.newest.dirty_len();
+                tracing::warn!(
+                    keys,
+                    "stopped before the positions that the online store had seen; the values are kept"
+                );
+                return Ok(());
+            }
+            if self.flushes.failures > PATIENCE {
+                let keys = self.newest.dirty_len();
+                tracing::warn!(
+                    keys,
+                    "stopped while the online store is down; the next start writes the rest"
+                );
+                return Ok(());
+            }
+            self.pause().await;
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    async fn pause(&mut self) {
+        if let Some(at) = self.flushes.retry_at.take() {
+            tokio::time::sleep(at.saturating_duration_since(self.clock.instant())).await;
+        }
+    }
+
+    /// After the last barrier: a store whose fence was lost is filled once the last manifest is published.
+    async fn finish(mut self) -> Result<()> {
+        let Fence::Marked { epoch } = self.fence else { return Ok(()) };
+        if self.durable.wait_for(|durable| *durable >= epoch).await.is_err() {
+            return Ok(());
+        }
+        while self.fence != Fence::Ours && self.flushes.failures <= PATIENCE {
+            self.pause().await;
+            self.regain().await?;
+        }
+        if self.fence != Fence::Ours {
+            tracing::warn!("stopped while the online store is down; the next start writes every key");
+        }
+        self.drain().await
+    }
+
+    async fn save(&mut self, epoch: u64) -> Result<()> {
+        if self.flushes.watermark != START_OF_TIME && self.flushes.watermark != END_OF_TIME {
+            self.newest.expire(self.flushes.watermark)?;
+        }
+        let full = epoch.is_multiple_of(FULL_EVERY);
+        let changed = self.newest.snapshot()?;
+        let rows = if full { self.newest.full_snapshot()? } else { changed };
+        let mut files = Vec::new();
+        if let Some(rows) = rows.filter(|rows| rows.num_rows() > 0) {
+            let keys: Vec<_> = self.key.iter().map(|key| Arc::clone(rows.column(*key))).collect();
+            files.push(self.saver.save("newest", epoch, &rows, &keys).await?);
+        }
+        if self.fence == Fence::Lost {
+            self.fence = Fence::Marked { epoch };
+        }
+        let dead = std::mem::take(&mut self.flushes.dead);
+        Metrics::add(&self.metrics.dead, dead.len() as u64);
+        let part = StatePart { files, watermark: self.flushes.watermark, full, dead, ..StatePart::default() };
+        let report = Report::State { node: self.node, epoch, part };
+        self.reports.send(report).await.map_err(coordinator_gone)
+    }
+}

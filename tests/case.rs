@@ -1,0 +1,212 @@
+//! One pipeline in a folder of its own against the real services, and DuckDB's answer about it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::config::ClientConfig;
+use rdkafka::producer::{FutureProducer, FutureRecord};
+
+/// Addresses of the services, or `None` after saying what is skipped.
+pub struct Services {
+    pub kafka: String,
+    pub redis: String,
+    pub python: String,
+    pub s3: Option<String>,
+}
+
+pub fn services(test: &str) -> Option<Services> {
+    let get = |name: &str| std::env::var(name).ok();
+    let found = (get("MILLSTREAM_TEST_KAFKA"), get("MILLSTREAM_TEST_REDIS"), get("MILLSTREAM_TEST_PYTHON"));
+    if let (Some(kafka), Some(redis), Some(python)) = found {
+        return Some(Services { kafka, redis, python, s3: get("MILLSTREAM_TEST_S3") });
+    }
+    let required = get("MILLSTREAM_REQUIRE_SERVICES").is_some_and(|value| value == "1");
+    assert!(
+        !required,
+        "{test} needs Kafka, Redis and Python: docker/services.sh start; eval \"$(docker/services.sh env)\""
+    );
+    println!("skipped {test}: run docker/services.sh start and eval \"$(docker/services.sh env)\" first");
+    None
+}
+
+/// One pipeline in a folder of its own: topic, SQL, lake, state.
+pub struct Case {
+    pub folder: tempfile::TempDir,
+    pub services: Services,
+    pub topic: String,
+    pub lake: String,
+    pub state: String,
+    pub produced: u64,
+    /// Event time of the first row, ms.
+    pub start: u64,
+}
+
+pub fn rows() -> u64 {
+    std::env::var("MILLSTREAM_TEST_ROWS").ok().and_then(|n| n.parse().ok()).unwrap_or(100_000)
+}
+
+pub struct Dice(pub u64);
+
+impl Dice {
+    pub fn roll(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+}
+
+impl Case {
+    pub async fn new(services: Services, name: &str, lake: Option<String>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos();
+        let topic = format!("t-{name}-{now}");
+        let sql =
+            fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("sql/transactions.sql")).unwrap();
+        let sql = sql.replace("topic             = 'transactions'", &format!("topic = '{topic}'"));
+        let sql = sql.replace("prefix = 'user:'", &format!("prefix = '{topic}:'"));
+        assert!(sql.contains(&format!("'{topic}'")) && sql.contains(&format!("'{topic}:'")));
+        fs::write(folder.path().join("transactions.sql"), sql).unwrap();
+        let admin: AdminClient<DefaultClientContext> =
+            ClientConfig::new().set("bootstrap.servers", &services.kafka).create().unwrap();
+        let new = NewTopic::new(&topic, 4, TopicReplication::Fixed(1));
+        for created in admin.create_topics([&new], &AdminOptions::new()).await.unwrap() {
+            created.unwrap();
+        }
+        let root = folder.path().to_string_lossy().into_owned();
+        let (state, local) = (format!("{root}/state"), format!("{root}/lake"));
+        let (state, lake) = match lake {
+            Some(lake) => (format!("{lake}/{topic}/state"), format!("{lake}/{topic}/lake")),
+            None => (state, local),
+        };
+        let start = (now / 1_000_000) as u64 - 300_000;
+        Self { folder, services, topic, lake, state, produced: 0, start }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Produces the next `count` transactions of the last minutes, disordered by less than the lateness.
+    pub async fn produce(&mut self, count: u64) {
+        let producer: FutureProducer = ClientConfig::new()
+            .set("bootstrap.servers", &self.services.kafka)
+            .set("linger.ms", "5")
+            .set("queue.buffering.max.messages", "1000000")
+            .create()
+            .unwrap();
+        let mut dice = Dice(self.produced + 17);
+        let mut lines = String::new();
+        let mut sent = Vec::new();
+        for i in 0..count {
+            let user = {
+                let r = dice.roll(1_000_000) as f64 / 1e6;
+                (r * r * 5_000.0) as u64
+            };
+            let millis = self.start + (self.produced + i) * 200_000 / rows() - dice.roll(4_000);
+            let amount = dice.roll(2_000_000) as f64 / 100.0 - 10_000.0;
+            let json = format!(
+                "{{\"user_id\": {user}, \"transaction_timestamp_millis\": {millis}, \"amount\": {amount:.2}, \"currency\": \"EUR\", \"counterpart_id\": {i}}}"
+            );
+            let key = user.to_string();
+            let record = FutureRecord::to(&self.topic).key(&key).payload(&json);
+            sent.push((user, millis, amount, producer.send_result(record).map_err(|(e, _)| e).unwrap()));
+        }
+        for (user, millis, amount, delivery) in sent {
+            let at = delivery.await.unwrap().map_err(|(e, _)| e).unwrap();
+            lines.push_str(&format!(
+                "{{\"p\":{},\"o\":{},\"user_id\":{user},\"t\":{millis},\"amount\":{amount:.2}}}\n",
+                at.partition, at.offset
+            ));
+        }
+        self.produced += count;
+        use std::io::Write;
+        let mut file =
+            fs::OpenOptions::new().create(true).append(true).open(self.path("produced.ndjson")).unwrap();
+        file.write_all(lines.as_bytes()).unwrap();
+    }
+
+    pub async fn send_raw(&self, payloads: &[Option<&str>]) {
+        let producer: FutureProducer =
+            ClientConfig::new().set("bootstrap.servers", &self.services.kafka).create().unwrap();
+        for payload in payloads {
+            let record = FutureRecord::<str, str>::to(&self.topic).key("bad").partition(0);
+            let record = match payload {
+                Some(payload) => record.payload(payload),
+                None => record,
+            };
+            producer.send(record, Duration::from_secs(5)).await.map_err(|(e, _)| e).unwrap();
+        }
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_millstream"));
+        command
+            .args(arguments)
+            .arg(self.path("transactions.sql"))
+            .env("KAFKA_BROKERS", &self.services.kafka)
+            .env("REDIS_URL", &self.services.redis)
+            .env("LAKE", &self.lake)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        if let Some(s3) = &self.services.s3 {
+            command.env("AWS_ENDPOINT_URL", s3);
+        }
+        command
+    }
+
+    /// Redis keeps a sink's fence by the pipeline's name, so each case has its own.
+    pub fn run_arguments<'a>(&'a self, arguments: &[&'a str]) -> Vec<&'a str> {
+        let mut all = vec!["run", "--state", &self.state, "--name", &self.topic];
+        all.extend(arguments);
+        all
+    }
+
+    pub fn run(&self, arguments: &[&str]) -> Output {
+        self.command(&self.run_arguments(arguments)).output().unwrap()
+    }
+
+    pub fn start(&self, arguments: &[&str]) -> Child {
+        self.command(&self.run_arguments(arguments))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Runs to the end and closes; returns stderr.
+    pub fn finish(&self, parallelism: &str) -> String {
+        let out =
+            self.run(&["--until-end", "--close", "--parallelism", parallelism, "--checkpoint", "500ms"]);
+        let log = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "{log}");
+        log
+    }
+
+    /// DuckDB's answer.
+    pub fn verify(&self) {
+        let served = self
+            .command(&["query", "--format", "ndjson", "-c", "SELECT * FROM user_features_serving"])
+            .output()
+            .unwrap();
+        assert!(served.status.success(), "{}", String::from_utf8_lossy(&served.stderr));
+        fs::write(self.path("serving.ndjson"), served.stdout).unwrap();
+        let oracle = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/oracle.py");
+        let mut command = Command::new(&self.services.python);
+        command
+            .arg(oracle)
+            .arg(&self.lake)
+            .arg(self.path("serving.ndjson"))
+            .arg(self.path("produced.ndjson"));
+        if let Some(s3) = &self.services.s3 {
+            command.env("AWS_ENDPOINT_URL", s3);
+        }
+        let done = command.output().unwrap();
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+        assert!(done.status.success(), "{said}");
+        println!("{}: {}", self.topic, said.trim());
+    }
+}
