@@ -8,7 +8,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
+use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::producer::{FutureProducer, FutureRecord};
+use rdkafka::topic_partition_list::TopicPartitionList;
 
 /// Addresses of the services, or `None` after saying what is skipped.
 pub struct Services {
@@ -38,6 +40,8 @@ pub struct Case {
     pub folder: tempfile::TempDir,
     pub services: Services,
     pub topic: String,
+    /// Of the pipeline: Redis keeps a sink's fence by it, so each case has its own.
+    pub name: String,
     pub lake: String,
     pub state: String,
     pub produced: u64,
@@ -82,7 +86,7 @@ impl Case {
             None => (state, local),
         };
         let start = (now / 1_000_000) as u64 - 300_000;
-        Self { folder, services, topic, lake, state, produced: 0, start }
+        Self { folder, services, name: topic.clone(), topic, lake, state, produced: 0, start }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -157,9 +161,8 @@ impl Case {
         command
     }
 
-    /// Redis keeps a sink's fence by the pipeline's name, so each case has its own.
     pub fn run_arguments<'a>(&'a self, arguments: &[&'a str]) -> Vec<&'a str> {
-        let mut all = vec!["run", "--state", &self.state, "--name", &self.topic];
+        let mut all = vec!["run", "--state", &self.state, "--name", &self.name];
         all.extend(arguments);
         all
     }
@@ -183,6 +186,25 @@ impl Case {
         let log = String::from_utf8_lossy(&out.stderr).into_owned();
         assert!(out.status.success(), "{log}");
         log
+    }
+
+    /// The answer of `millstream query`, as CSV.
+    pub fn query(&self, sql: &str) -> String {
+        let out = self.command(&["query", "--format", "csv", "-c", sql]).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    }
+
+    /// Sum of the group's committed offsets over the topic.
+    pub fn committed(&self) -> i64 {
+        let group = format!("millstream-{}-transactions", self.name);
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &self.services.kafka).set("group.id", group);
+        let consumer: BaseConsumer = config.create().unwrap();
+        let mut list = TopicPartitionList::new();
+        list.add_partition_range(&self.topic, 0, 3);
+        let committed = consumer.committed_offsets(list, Duration::from_secs(10)).unwrap();
+        committed.elements().iter().filter_map(|element| element.offset().to_raw()).sum()
     }
 
     /// DuckDB's answer.

@@ -17,9 +17,46 @@ async fn tables_and_redis_are_what_duckdb_says() {
     let log = case.finish("2");
     assert!(log.contains("closed: every row is final"), "{log}");
     case.verify();
+    assert_eq!(case.query(&difference()).lines().count(), 1, "not what DataFusion makes of the backup");
+    assert_eq!(case.committed(), case.produced as i64, "group offsets, for lag tools");
     let again = case.run(&["--until-end", "--close"]);
     assert!(again.status.success());
     assert!(String::from_utf8_lossy(&again.stderr).contains("was closed before"));
+}
+
+/// The training table against the view's own SQL, run by DataFusion over the backup: rows that are more often in one.
+fn difference() -> String {
+    let sql = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("sql/transactions.sql")).unwrap();
+    let view =
+        sql.split("CREATE VIEW user_transaction_features AS").nth(1).unwrap().split(';').next().unwrap();
+    let view = view.replace("FROM transactions", "FROM transactions_backup");
+    // Amounts have two decimals, so rounding to four hides nothing but the order of additions.
+    let row = "user_id, event_time, total_transactions_count AS n, round(amount_7d, 4) AS amount, hour_of_day, day_of_week";
+    format!(
+        "SELECT user_id, event_time, n, amount, hour_of_day, day_of_week, sum(w) AS more FROM (
+             SELECT {row}, 1 AS w FROM ({view}) UNION ALL SELECT {row}, -1 AS w FROM user_features_training)
+         GROUP BY user_id, event_time, n, amount, hour_of_day, day_of_week HAVING sum(w) <> 0"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parallelism_changes_no_table() {
+    let Some(services) = services("parallelism_changes_no_table") else { return };
+    let mut case = Case::new(services, "shards", None).await;
+    case.produce(rows() / 10).await;
+    let mut found = Vec::new();
+    for parallelism in ["1", "2", "3"] {
+        (case.name, case.lake) =
+            (format!("{}-{parallelism}", case.topic), format!("{}-{parallelism}", case.lake));
+        case.state = format!("{}-{parallelism}", case.state);
+        case.finish(parallelism);
+        let training = "SELECT user_id, event_time, total_transactions_count, round(amount_7d, 4), hour_of_day, \
+                        day_of_week FROM user_features_training ORDER BY 1, 2, 3, 4";
+        let backup = "SELECT * FROM transactions_backup ORDER BY _partition, _offset";
+        found.push((case.query(training), case.query(backup)));
+    }
+    assert!(found[0].0.lines().count() as u64 == rows() / 10 + 1);
+    assert!(found[0] == found[1] && found[0] == found[2], "tables differ by parallelism");
 }
 
 #[tokio::test(flavor = "multi_thread")]

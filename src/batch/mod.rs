@@ -114,7 +114,7 @@ async fn register_sink(session: &SessionContext, sink: &SinkPlan, state: Option<
             session.register_table(quoted(&sink.name), table)?;
         }
         #[cfg(feature = "redis")]
-        SinkKind::Online { redis: Some(config), .. } => {
+        SinkKind::Online { store: crate::plan::OnlineKind::Redis(config), .. } => {
             let rows = crate::connectors::redis::scan::read_all(config, &sink.schema).await?;
             let table = MemTable::try_new(Arc::clone(&sink.schema), vec![rows])?;
             session.register_table(quoted(&sink.name), Arc::new(table))?;

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::{Files, load_with, pipeline_name, progress};
 use crate::connectors::kafka::EmbeddedKafka;
 use crate::error::{Error, Result};
-use crate::plan::{NodeKind, SinkKind, SourceKind, StreamPlan};
+use crate::plan::{NodeKind, OnlineKind, SinkKind, SourceKind, StreamPlan};
 use crate::runtime::{Metrics, RunOptions};
 
 const PARTITIONS: i32 = 4;
@@ -89,11 +89,12 @@ async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> 
                 }
             }
             NodeKind::Sink(sink) => {
-                if let SinkKind::Online { redis, .. } = &mut sink.kind
-                    && let Some(config) = redis
+                #[cfg(feature = "redis")]
+                if let SinkKind::Online { store, .. } = &mut sink.kind
+                    && let OnlineKind::Redis(config) = store
                     && !answers(&config.url).await
                 {
-                    *redis = None;
+                    *store = OnlineKind::Memory;
                     memory = true;
                 }
             }

@@ -225,6 +225,9 @@ async fn run(args: RunArgs) -> Result<()> {
         Outcome::AlreadyClosed => "was closed before; its last commits are in place",
     };
     eprintln!("{}", progress::line(&metrics, 0));
+    if let Some(fresh) = progress::freshness(&metrics, &[]) {
+        eprintln!("  {fresh}");
+    }
     eprintln!("pipeline {name} {how}");
     Ok(())
 }

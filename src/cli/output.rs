@@ -1,7 +1,9 @@
 //! Rows on stdout.
 
 use std::io::{ErrorKind, Write};
+use std::sync::Arc;
 
+use arrow::array::RecordBatch;
 use clap::ValueEnum;
 
 use crate::batch::Answer;
@@ -25,13 +27,15 @@ pub fn rows(answer: &Answer, format: Format) -> Result<()> {
     match format {
         Format::Table => {
             let table = arrow::util::pretty::pretty_format_batches_with_schema(
-                std::sync::Arc::clone(&answer.schema),
+                Arc::clone(&answer.schema),
                 &answer.batches,
             )?;
             bytes.extend_from_slice(format!("{table}\n").as_bytes());
         }
         Format::Csv => {
             let mut writer = arrow::csv::WriterBuilder::new().with_header(true).build(&mut bytes);
+            // The header stands there without rows too.
+            writer.write(&RecordBatch::new_empty(Arc::clone(&answer.schema)))?;
             batches.iter().try_for_each(|batch| writer.write(batch))?;
         }
         Format::Json => {

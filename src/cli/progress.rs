@@ -28,29 +28,42 @@ pub fn on_signal(stop: Sender<bool>) -> Result<impl Future<Output = Infallible>>
         eprintln!("stopping: last checkpoint");
         stop.send_replace(true);
         // Keeps the sender alive: a closed channel is no stop.
-        std::future::pending::<()>().await;
+        let never = std::future::pending().await;
         drop(stop);
-        unreachable_future().await
+        never
     })
-}
-
-async fn unreachable_future() -> Infallible {
-    std::future::pending().await
 }
 
 /// Prints a line every second, and with `rows` some of the newest features below it.
 pub async fn lines(metrics: Arc<Metrics>, rows: bool) -> Infallible {
     let mut before = 0;
+    let mut ages = Vec::new();
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let read = metrics.read.load(Ordering::Relaxed);
         eprintln!("{}", line(&metrics, read - before));
         before = read;
+        // Sample rows are made to lie back in time: their age says nothing.
+        if let Some(fresh) = freshness(&metrics, &ages).filter(|_| !rows) {
+            eprintln!("  {fresh}");
+        }
+        ages = metrics.freshness.counts();
         let sample = metrics.sample.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         if let Some(sample) = sample.filter(|_| rows) {
             newest(&sample);
         }
     }
+}
+
+/// How old rows were, by event time, when the online store had them; `None` when none was written since `before`.
+pub fn freshness(metrics: &Metrics, before: &[u64]) -> Option<String> {
+    let quantile = |q| Some(metrics.freshness.quantile(q, before)? as f64 / 1e3);
+    Some(format!(
+        "fresh: event to online store p50 {:.1} ms  p99 {:.1} ms  max {:.1} ms",
+        quantile(0.5)?,
+        quantile(0.99)?,
+        quantile(1.0)?
+    ))
 }
 
 fn newest(sample: &arrow::array::RecordBatch) {

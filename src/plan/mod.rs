@@ -21,7 +21,7 @@ use datafusion::physical_plan::PhysicalExpr;
 use crate::operators::over::OverSpec;
 use crate::stream::Port;
 
-pub use sinks::{SinkKind, SinkPlan};
+pub use sinks::{OnlineKind, SinkKind, SinkPlan};
 pub use source::{SourceKind, SourcePlan};
 
 /// Index of a node in its plan. Inputs come before the nodes that read them.

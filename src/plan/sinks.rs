@@ -27,14 +27,22 @@ pub enum SinkKind {
     Delta(DeltaConfig),
     #[cfg(feature = "kafka")]
     Kafka(KafkaSinkConfig),
-    /// Newest row per key. `redis: None` is the memory store.
+    /// Newest row per key.
     Online {
-        #[cfg(feature = "redis")]
-        redis: Option<RedisConfig>,
+        store: OnlineKind,
         ttl_micros: Option<i64>,
     },
     Console,
     Blackhole,
+}
+
+/// Where the newest rows are written.
+#[derive(Debug, Clone)]
+pub enum OnlineKind {
+    /// Of the process; its rows live on in the state.
+    Memory,
+    #[cfg(feature = "redis")]
+    Redis(RedisConfig),
 }
 
 #[derive(Debug, Clone)]
@@ -228,6 +236,7 @@ fn connector_of(
     connector: &str,
     sink: &CreateSink,
     options: &mut Options,
+    #[cfg_attr(not(feature = "delta"), expect(unused_variables, reason = "only tables are typed"))]
     schema: &SchemaRef,
 ) -> Result<(SinkKind, Vec<String>)> {
     let placed = |error: Error| error.at(sink.place.clone());
@@ -245,18 +254,13 @@ fn connector_of(
         "redis" => {
             let config = RedisConfig::from_options(options).map_err(placed)?;
             let (key, ttl_micros) = (config.key.clone(), config.ttl_micros());
-            Ok((SinkKind::Online { redis: Some(config), ttl_micros }, key))
+            Ok((SinkKind::Online { store: OnlineKind::Redis(config), ttl_micros }, key))
         }
         "memory" => {
             let key = list(Some(options.required("key").map_err(placed)?));
             let ttl = options.duration("ttl").map_err(placed)?;
             let ttl_micros = ttl.and_then(|ttl| i64::try_from(ttl.as_micros()).ok());
-            let kind = SinkKind::Online {
-                #[cfg(feature = "redis")]
-                redis: None,
-                ttl_micros,
-            };
-            Ok((kind, key))
+            Ok((SinkKind::Online { store: OnlineKind::Memory, ttl_micros }, key))
         }
         #[cfg(feature = "kafka")]
         "kafka" => {
@@ -326,7 +330,7 @@ impl fmt::Display for SinkPlan {
             #[cfg(feature = "kafka")]
             SinkKind::Kafka(config) => write!(f, "kafka topic {}", config.topic)?,
             #[cfg(feature = "redis")]
-            SinkKind::Online { redis: Some(_), .. } => f.write_str("redis")?,
+            SinkKind::Online { store: OnlineKind::Redis(_), .. } => f.write_str("redis")?,
             SinkKind::Online { .. } => f.write_str("memory")?,
             SinkKind::Console => f.write_str("console")?,
             SinkKind::Blackhole => f.write_str("blackhole")?,

@@ -12,12 +12,13 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
-use crate::plan::{NodeId, NodeKind, SinkKind, StreamPlan};
+use crate::plan::{NodeId, StreamPlan};
 use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::letters;
 use crate::runtime::report::{Command, Metrics, Report, SourceEpoch, StatePart};
-use crate::runtime::start::{World, delta_files, fingerprints, open, progress_of};
-use crate::state::manifest::{CommitProgress, Manifest, PreparedCommit, PreparedFile, Segment, garbage_of};
+use crate::runtime::start::{World, fingerprints, open};
+use crate::runtime::tables::prepared_commits;
+use crate::state::manifest::{Manifest, PreparedFile, Segment, garbage_of};
 use crate::stream::clock::Clock;
 use crate::stream::{Barrier, DeadLetter, END_OF_TIME, Micros, START_OF_TIME};
 
@@ -146,10 +147,14 @@ impl Coordinator {
         self.world.store.publish(&next).await?;
         self.metrics.epoch.store(next.epoch, Ordering::Relaxed);
         self.durable.send_replace(next.epoch);
-        self.commit(&next).await?;
+        self.world.tables.commit(&self.plan, &next).await?;
         self.world.store.check_fence(next.epoch).await?;
         self.world.store.delete_files(&next.garbage).await?;
         self.deleted = next.garbage.iter().cloned().collect();
+        for command in &self.tasks.commands {
+            // Those that have ended after their last barrier need no word.
+            command.send(Command::Durable { epoch: next.epoch }).await.ok();
+        }
         self.last = next;
         Ok(())
     }
@@ -230,7 +235,7 @@ impl Coordinator {
             });
         }
         self.fill_states(next, gathered.states);
-        self.fill_commits(next, gathered.prepared, &name);
+        next.commits.extend(prepared_commits(&self.plan, next, gathered.prepared, &name));
         Ok(())
     }
 
@@ -270,52 +275,6 @@ impl Coordinator {
             (progress.watermark, progress.generation) = (watermark, generation);
         }
         next.files.extend(states.into_iter().flat_map(|(_, part)| part.files));
-    }
-
-    fn fill_commits(
-        &self,
-        next: &mut Manifest,
-        prepared: Vec<(NodeId, Vec<PreparedFile>, Micros)>,
-        source: &str,
-    ) {
-        let progress = next.sources.get(source).cloned().unwrap_or_default();
-        for (node, plan) in self.plan.sinks() {
-            #[cfg(feature = "delta")]
-            if let SinkKind::Delta(config) = &plan.kind {
-                let parts: Vec<_> = prepared.iter().filter(|(of, _, _)| *of == node).collect();
-                let until = parts.iter().map(|(_, _, watermark)| *watermark).min();
-                let files = parts.iter().flat_map(|(_, files, _)| files.iter().cloned()).collect();
-                let covered = CommitProgress {
-                    topics: progress.topics.clone(),
-                    partitions: progress.partitions.clone(),
-                    watermark: progress.watermark,
-                };
-                next.commits.push(PreparedCommit {
-                    sink: plan.name.clone(),
-                    location: config.location.clone(),
-                    epoch: next.epoch,
-                    files,
-                    sources: [(source.to_owned(), covered)].into(),
-                    complete_until: until.filter(|at| *at != START_OF_TIME),
-                });
-            }
-        }
-    }
-
-    async fn commit(&mut self, manifest: &Manifest) -> Result<()> {
-        #[cfg(feature = "delta")]
-        for commit in &manifest.commits {
-            let node = self
-                .plan
-                .nodes
-                .iter()
-                .position(|node| matches!(&node.kind, NodeKind::Sink(sink) if sink.name == commit.sink));
-            let Some(committer) = node.and_then(|node| self.world.committers.get_mut(&node)) else {
-                continue;
-            };
-            committer.commit(commit.epoch, &delta_files(commit), &progress_of(commit)).await?;
-        }
-        Ok(())
     }
 }
 

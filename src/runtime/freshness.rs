@@ -43,9 +43,17 @@ impl Histogram {
         times.iter().for_each(|time| self.record(now.saturating_sub(*time).max(0).unsigned_abs(), 1));
     }
 
-    /// The value below which the share `q` of the recorded durations lie, in µs; `None` when nothing was recorded.
-    pub fn quantile(&self, q: f64) -> Option<u64> {
-        let counts: Vec<u64> = self.0.iter().map(|count| count.load(Ordering::Relaxed)).collect();
+    /// How many durations fell into each bucket so far.
+    pub fn counts(&self) -> Vec<u64> {
+        self.0.iter().map(|count| count.load(Ordering::Relaxed)).collect()
+    }
+
+    /// The value below which the share `q` of the durations lie that were recorded since `before` (earlier
+    /// [`Histogram::counts`], or empty), in µs; `None` when there were none.
+    pub fn quantile(&self, q: f64, before: &[u64]) -> Option<u64> {
+        let earlier = before.iter().copied().chain(std::iter::repeat(0));
+        let counts: Vec<u64> =
+            self.counts().into_iter().zip(earlier).map(|(now, before)| now.saturating_sub(before)).collect();
         let total: u64 = counts.iter().sum();
         let wanted = (total as f64 * q).ceil() as u64;
         let mut sum = 0;
@@ -64,10 +72,10 @@ mod tests {
     #[test]
     fn quantiles_are_within_a_quarter() {
         let histogram = Histogram::default();
-        assert_eq!(histogram.quantile(0.5), None);
+        assert_eq!(histogram.quantile(0.5, &[]), None);
         (1..=10_000u64).for_each(|i| histogram.record(i * 100, 1));
         for (q, exact) in [(0.5, 500_000.0), (0.99, 990_000.0), (0.001, 1_000.0)] {
-            let found = histogram.quantile(q).unwrap() as f64;
+            let found = histogram.quantile(q, &[]).unwrap() as f64;
             assert!(found >= exact && found <= exact * 1.26, "{q}: {found} for {exact}");
         }
     }

@@ -15,6 +15,11 @@ pub mod report;
 mod sinks;
 mod source;
 mod start;
+#[cfg(feature = "delta")]
+mod tables;
+#[cfg(not(feature = "delta"))]
+#[path = "no_tables.rs"]
+mod tables;
 pub mod watermark;
 
 pub use coordinator::{Outcome, RunOptions, run};

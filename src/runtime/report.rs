@@ -62,6 +62,8 @@ pub struct SourceEpoch {
 pub enum Command {
     /// Cut here. `close`: no row follows, raise the watermark to the end first.
     Cut { barrier: Barrier, close: bool },
+    /// The manifest of this epoch is published and its commits are made.
+    Durable { epoch: u64 },
 }
 
 /// Counters that tasks raise and the command line reads.
@@ -77,7 +79,7 @@ pub struct Metrics {
     pub epoch: AtomicU64,
     /// A few of the newest rows of an online sink, for the eye.
     pub sample: std::sync::Mutex<Option<arrow::array::RecordBatch>>,
-    /// CPU-independent freshness: sum and count of (write acknowledged − event time), µs, of online rows.
+    /// Age of online rows, by their event time, when the store acknowledged them.
     pub freshness: crate::runtime::freshness::Histogram,
 }
 

@@ -11,8 +11,6 @@ use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::report::{Metrics, Report, StatePart};
-use crate::state::manifest::PreparedFile;
-use crate::stream::START_OF_TIME;
 
 pub(super) fn coordinator_gone<E>(_: E) -> Error {
     Error::internal("the coordinator is gone")
@@ -37,7 +35,7 @@ impl DeltaTask {
     /// # Errors
     /// External: the table's store failed.
     pub async fn run(mut self) -> Result<()> {
-        let mut watermark = START_OF_TIME;
+        let mut watermark = crate::stream::START_OF_TIME;
         let mut epoch = self.epoch;
         loop {
             match self.inbox.next().await? {
@@ -53,12 +51,13 @@ impl DeltaTask {
                 Event::Barrier(barrier) => {
                     let prepared = self.writer.prepare(barrier.epoch).await?;
                     epoch = barrier.epoch + 1;
-                    let file = |f: crate::connectors::delta::PreparedFile| PreparedFile {
-                        path: f.path,
-                        size: f.size,
-                        rows: f.rows,
-                        add: f.add,
-                    };
+                    let file =
+                        |f: crate::connectors::delta::PreparedFile| crate::state::manifest::PreparedFile {
+                            path: f.path,
+                            size: f.size,
+                            rows: f.rows,
+                            add: f.add,
+                        };
                     let files = prepared.into_iter().map(file).collect();
                     let report = Report::Prepared { node: self.node, epoch: barrier.epoch, files, watermark };
                     self.reports.send(report).await.map_err(coordinator_gone)?;

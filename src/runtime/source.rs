@@ -57,6 +57,8 @@ pub struct SourceState {
     late: Vec<bool>,
     sent: Option<Micros>,
     told_end: bool,
+    /// The last cut whose positions the outside was not told.
+    cut: Option<(u64, Positions)>,
     /// Instant of the last row per place, once its end was seen.
     silent: Vec<(Place, std::time::Instant)>,
     logged: Vec<&'static str>,
@@ -70,10 +72,15 @@ impl SourceTask {
     pub fn run(mut self) -> Result<()> {
         let mut out = Outgoing::new();
         loop {
-            while let Ok(Command::Cut { barrier, close }) = self.commands.try_recv() {
-                self.cut(barrier, close, &mut out)?;
-                if barrier.last {
-                    return Ok(());
+            while let Ok(command) = self.commands.try_recv() {
+                match command {
+                    Command::Cut { barrier, close } => {
+                        self.cut(barrier, close, &mut out)?;
+                        if barrier.last {
+                            return self.finish();
+                        }
+                    }
+                    Command::Durable { epoch } => self.acknowledge(epoch),
                 }
             }
             if self.commands.is_closed() && self.commands.is_empty() {
@@ -106,9 +113,28 @@ impl SourceTask {
         let published = self.watermarks.published();
         epoch.watermark = (published != START_OF_TIME).then_some(published);
         epoch.dead.append(&mut self.chain.dead);
+        self.state.cut = Some((barrier.epoch, self.positions.clone()));
         self.chain.broadcast(&Message::Barrier(barrier), out);
         self.chain.flush_blocking(out)?;
         self.report(Report::Source(epoch))
+    }
+
+    /// Group offsets, for lag tools: only what a manifest holds.
+    fn acknowledge(&mut self, epoch: u64) {
+        if let Some((_, positions)) = self.state.cut.take_if(|(cut, _)| *cut <= epoch) {
+            self.reader.acknowledge(&positions);
+        }
+    }
+
+    /// After the last barrier: waits until its manifest is published, or the coordinator is gone.
+    fn finish(mut self) -> Result<()> {
+        while let Some(command) = self.commands.blocking_recv() {
+            if let Command::Durable { epoch } = command {
+                self.acknowledge(epoch);
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn report(&self, report: Report) -> Result<()> {

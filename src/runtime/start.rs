@@ -9,15 +9,14 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 
-#[cfg(feature = "delta")]
-use crate::connectors::delta::{CommitProgress, DeltaCommitter, PreparedFile as DeltaFile};
 use crate::connectors::memory::MemoryStore;
 use crate::connectors::{OnlineStore, PartitionInfo, SourceConnector, files};
 use crate::error::{Error, Result};
-use crate::plan::{NodeId, NodeKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
+use crate::plan::{NodeId, NodeKind, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
+use crate::runtime::tables::Tables;
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
-use crate::state::manifest::{Manifest, PreparedCommit};
+use crate::state::manifest::Manifest;
 use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
 use crate::stream::{Place, Positions};
@@ -34,8 +33,7 @@ pub struct World {
     pub positions: Positions,
     /// End of each partition as seen at start.
     pub ends: Positions,
-    #[cfg(feature = "delta")]
-    pub committers: BTreeMap<NodeId, DeltaCommitter>,
+    pub tables: Tables,
     pub online: BTreeMap<NodeId, Online>,
 }
 
@@ -63,51 +61,34 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
     let (source, embedded) = connector(source_plan, name, latest.as_ref())?;
     let partitions = source.partitions().await?;
     let online = online_stores(plan, name).await?;
-    #[cfg(feature = "delta")]
-    let (mut committers, missing, newest) = tables(plan, name, latest.as_ref(), state).await?;
-    #[cfg(not(feature = "delta"))]
-    let newest = 0;
+    let mut tables = Tables::open(plan, name, latest.as_ref(), state).await?;
     if let Some(latest) = &latest {
         check_fingerprints(plan, latest)?;
     }
-    let mut newest = newest;
+    let mut newest = tables.newest;
     for (_, online) in &online {
         newest = newest.max(online.open().await?.fence);
     }
     let claim = store.claim(name, newest + 1).await?;
     let manifest = claim.manifest;
     let orphans = store.unreferenced(&manifest).await?;
-    #[cfg(feature = "delta")]
-    {
-        for node in missing {
-            if let Some(committer) = committers.get_mut(&node) {
-                committer.create(&manifest.state_id.to_string()).await?;
-            }
-        }
-        replay(plan, &mut committers, &manifest.commits).await?;
-    }
+    tables.take_over(plan, &manifest).await?;
     let mut fenced = BTreeMap::new();
     for (node, store) in online {
         fenced.insert(node, claim_online(store, &plan.nodes[node].id, &manifest).await?);
     }
     let positions = positions(&manifest, source_plan, source.as_ref(), &partitions).await?;
     let ends = partitions.iter().map(|p| (Place::new(0, p.topic, p.partition), p.high)).collect();
-    Ok(World {
-        store,
-        manifest,
-        orphans,
-        source,
-        embedded,
-        positions,
-        ends,
-        #[cfg(feature = "delta")]
-        committers,
-        online: fenced,
-    })
+    Ok(World { store, manifest, orphans, source, embedded, positions, ends, tables, online: fenced })
 }
 
 /// Opens the source; a generator keeps the start of its first run.
-fn connector(source: &SourcePlan, name: &str, latest: Option<&Manifest>) -> Result<Opened> {
+fn connector(
+    source: &SourcePlan,
+    #[cfg_attr(not(feature = "kafka"), expect(unused_variables, reason = "the name of a consumer group"))]
+    name: &str,
+    latest: Option<&Manifest>,
+) -> Result<Opened> {
     match &source.kind {
         #[cfg(feature = "kafka")]
         SourceKind::Kafka(config) => {
@@ -142,17 +123,21 @@ pub async fn stored_positions(plan: &StreamPlan, state: &str) -> Result<Position
     Ok(progress.map(|progress| progress.positions(0)).unwrap_or_default())
 }
 
-async fn online_stores(plan: &StreamPlan, name: &str) -> Result<Vec<(NodeId, Arc<dyn OnlineStore>)>> {
+async fn online_stores(
+    plan: &StreamPlan,
+    #[cfg_attr(not(feature = "redis"), expect(unused_variables, reason = "memory needs no name"))] name: &str,
+) -> Result<Vec<(NodeId, Arc<dyn OnlineStore>)>> {
     let mut stores: Vec<(NodeId, Arc<dyn OnlineStore>)> = Vec::new();
     for (node, sink) in plan.sinks() {
-        let SinkKind::Online { redis, .. } = &sink.kind else { continue };
-        let store: Arc<dyn OnlineStore> = match redis {
-            Some(config) => {
+        let SinkKind::Online { store, .. } = &sink.kind else { continue };
+        let store: Arc<dyn OnlineStore> = match store {
+            #[cfg(feature = "redis")]
+            OnlineKind::Redis(config) => {
                 let store =
                     crate::connectors::redis::RedisStore::connect(config, name, &sink.name, &sink.schema);
                 Arc::new(store.await?)
             }
-            None => Arc::new(MemoryStore::new(Arc::clone(&sink.schema), sink.key.clone())?),
+            OnlineKind::Memory => Arc::new(MemoryStore::new(Arc::clone(&sink.schema), sink.key.clone())?),
         };
         stores.push((node, store));
     }
@@ -178,87 +163,6 @@ async fn claim_online(store: Arc<dyn OnlineStore>, node: &str, manifest: &Manife
     }
     let hold = if lost { Positions::default() } else { store.open().await?.consumed };
     Ok(Online { store, hold, lost })
-}
-
-#[cfg(feature = "delta")]
-type Tables = (BTreeMap<NodeId, DeltaCommitter>, Vec<NodeId>, u64);
-
-/// Opens the Delta sinks: committers, those whose table is to be created, and the largest epoch found.
-#[cfg(feature = "delta")]
-async fn tables(plan: &StreamPlan, name: &str, latest: Option<&Manifest>, state: &str) -> Result<Tables> {
-    let (mut committers, mut missing, mut newest) = (BTreeMap::new(), Vec::new(), 0);
-    let ours = latest.map(|manifest| manifest.state_id.to_string());
-    for (node, sink) in plan.sinks() {
-        let SinkKind::Delta(config) = &sink.kind else { continue };
-        let (committer, table) = DeltaCommitter::open(config, &sink.schema, name, &sink.name).await?;
-        newest = newest.max(table.last_epoch.unwrap_or(0));
-        if !table.exists {
-            missing.push(node);
-        } else if ours.is_none() || table.state_id != ours {
-            let message = format!(
-                "sink {}: the table {} already exists and belongs to another state than {state}",
-                sink.name, config.location
-            );
-            let hint = "Continue with the state that wrote it (--state, --name), write to another location, or remove \
-                        the table; rebuilding it from history comes with a later version.";
-            return Err(Error::user(message).hint(hint));
-        }
-        committers.insert(node, committer);
-    }
-    Ok((committers, missing, newest))
-}
-
-/// What a prepared commit says about progress, as Delta transactions.
-#[cfg(feature = "delta")]
-pub fn progress_of(commit: &PreparedCommit) -> CommitProgress {
-    let mut progress = CommitProgress { complete_until: commit.complete_until, ..CommitProgress::default() };
-    for source in commit.sources.values() {
-        let topic = |at: u16| source.topics.get(usize::from(at)).cloned().unwrap_or_default();
-        for p in &source.partitions {
-            progress.offsets.push((topic(p.topic), p.partition, p.next_offset));
-            progress.watermarks.extend(p.watermark.map(|at| (topic(p.topic), p.partition, at)));
-        }
-        progress.source_watermark = source.watermark;
-    }
-    progress
-}
-
-#[cfg(feature = "delta")]
-pub fn delta_files(commit: &PreparedCommit) -> Vec<DeltaFile> {
-    let file = |f: &crate::state::manifest::PreparedFile| DeltaFile {
-        path: f.path.clone(),
-        size: f.size,
-        rows: f.rows,
-        add: f.add.clone(),
-    };
-    commit.files.iter().map(file).collect()
-}
-
-#[cfg(feature = "delta")]
-async fn replay(
-    plan: &StreamPlan,
-    committers: &mut BTreeMap<NodeId, DeltaCommitter>,
-    commits: &[PreparedCommit],
-) -> Result<()> {
-    for commit in commits {
-        let Some((node, _)) = plan.sinks().find(|(_, sink)| sink.name == commit.sink) else { continue };
-        let Some(committer) = committers.get_mut(&node) else { continue };
-        let files = delta_files(commit);
-        let gone = committer.missing_files(&files).await?;
-        let done = match gone.is_empty() {
-            true => committer.commit(commit.epoch, &files, &progress_of(commit)).await?,
-            false if committer.is_done(commit.epoch).await? => {
-                crate::connectors::delta::Committed::AlreadyDone
-            }
-            false => {
-                let message = format!("sink {}: the prepared file {} is gone", commit.sink, gone[0]);
-                let hint = "A foreign VACUUM removed files of an unfinished commit; rebuilding comes with a later version.";
-                return Err(Error::external(message).hint(hint));
-            }
-        };
-        tracing::info!(sink = %commit.sink, epoch = commit.epoch, ?done, "replayed a prepared commit");
-    }
-    Ok(())
 }
 
 /// The state belongs to what the SQL said when it was written.
