@@ -147,8 +147,12 @@ def freshness(rate, seconds):
         process.send_signal(signal.SIGINT)
         finished(process, folder, "run")
         lines = (folder / "run.log").read_text().splitlines()
-        shown = [line for line in lines if "fresh" in line]
-        print("\n".join(shown[-6:]))
+        # One line per second; the first ones hold the start of the producer, the last one the sum.
+        shown = [line for line in lines if "fresh:" in line][3:-1]
+        number = lambda line, name: float(re.search(rf"{name} ([0-9.]+) ms", line).group(1))
+        for name in ("p50", "p99", "max"):
+            values = sorted(number(line, name) for line in shown)
+            print(f"  {name}: median second {median(values):.1f} ms, worst second {values[-1]:.1f} ms ({len(values)} seconds)")
 
 
 def main():

@@ -1,7 +1,11 @@
 //! The one integration binary: layout of the rooms, SQL files, pipelines against real services.
 #![allow(
     clippy::disallowed_methods,
-    reason = "tests read clocks and the environment, and wait for processes"
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "tests read clocks and the environment, wait for processes, say what they skip, and fail by panic"
 )]
 
 mod case;

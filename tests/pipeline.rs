@@ -105,10 +105,35 @@ async fn the_older_of_two_processes_stops_with_an_error() {
     let said = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(3), "{said}");
     assert!(said.contains("error:") && said.contains("newer") || said.contains("generation"), "{said}");
+    case.produce(2_000).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
     newer.kill().unwrap();
     newer.wait().unwrap();
+    for table in ["transactions_backup", "user_features"] {
+        let generations = generations(&Path::new(&case.lake).join(table));
+        assert!(generations.first() < generations.last(), "{generations:?}");
+        assert!(generations.is_sorted(), "the older process committed after the newer one: {generations:?}");
+    }
     case.finish("2");
     case.verify();
+}
+
+/// The generation of each commit of a Delta table, in the order of the log.
+fn generations(table: &Path) -> Vec<u64> {
+    let mut files: Vec<_> =
+        fs::read_dir(table.join("_delta_log")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+    files.sort();
+    let actions = files.iter().flat_map(|path| {
+        let text = fs::read_to_string(path).unwrap();
+        text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()).collect::<Vec<_>>()
+    });
+    let generation = |action: serde_json::Value| {
+        let transaction = action.get("txn")?;
+        let ours = transaction["appId"].as_str()?.ends_with("/generation");
+        ours.then(|| transaction["version"].as_u64()).flatten()
+    };
+    actions.filter_map(generation).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

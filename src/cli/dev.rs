@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::{Files, load_with, pipeline_name, progress};
 use crate::connectors::kafka::EmbeddedKafka;
 use crate::error::{Error, Result};
-use crate::plan::{NodeKind, OnlineKind, SinkKind, SourceKind, StreamPlan};
+use crate::plan::{NodeKind, OnlineKind, SinkKind, SinkPlan, SourceKind, StreamPlan};
 use crate::runtime::{Metrics, RunOptions};
 
 const PARTITIONS: i32 = 4;
@@ -23,6 +23,7 @@ pub async fn run(files: Files) -> Result<()> {
     let brokers = [("KAFKA_BROKERS".to_owned(), broker.bootstrap_servers().to_owned())];
     let mut plan = crate::plan::sinks::plan(&load_with(&files, &brokers)?, &[]).await?;
     let memory = prepare(&mut plan, &broker, &state).await?;
+    let looked_at = sinks(&plan);
     let producer = producer(&files, &brokers).await?;
     let metrics = Metrics::shared();
     let (stop, stopped) = watch::channel(false);
@@ -61,7 +62,7 @@ pub async fn run(files: Files) -> Result<()> {
         never = lines => match never {},
     }
     eprintln!("{}", progress::line(&metrics, 0));
-    hints(&files, &state);
+    hints(&files, &state, &looked_at);
     Ok(())
 }
 
@@ -126,8 +127,19 @@ async fn producer(files: &Files, brokers: &[(String, String)]) -> Result<Option<
     Ok(Some((plan, format!("{stem}_producer-dev"))))
 }
 
+/// What there is to look at afterwards: every sink whose rows can be queried, and where a table lies.
+fn sinks(plan: &StreamPlan) -> Vec<(String, Option<String>)> {
+    let readable = |sink: &SinkPlan| match &sink.kind {
+        #[cfg(feature = "delta")]
+        SinkKind::Delta(config) => Some((sink.name.clone(), Some(config.location.clone()))),
+        SinkKind::Online { .. } => Some((sink.name.clone(), None)),
+        _ => None,
+    };
+    plan.sinks().filter_map(|(_, sink)| readable(sink)).collect()
+}
+
 /// The commands to try next, as this program was started.
-fn hints(files: &Files, state: &str) {
+fn hints(files: &Files, state: &str, sinks: &[(String, Option<String>)]) {
     #[expect(clippy::disallowed_methods, reason = "cargo run sets CARGO; the hint should work as it stands")]
     let program = match std::env::var_os("CARGO") {
         Some(_) => "cargo run -q --release --".to_owned(),
@@ -136,9 +148,17 @@ fn hints(files: &Files, state: &str) {
     let shown: Vec<String> = files.files.iter().map(|file| file.display().to_string()).collect();
     let files = shown.join(" ");
     eprintln!("\nTry next:");
-    for query in
-        ["SELECT * FROM user_features_training LIMIT 5", "SELECT * FROM user_features_serving LIMIT 5"]
-    {
-        eprintln!("  {program} query {files} --state {state} -c '{query}'");
+    for (sink, _) in sinks {
+        eprintln!("  {program} query {files} --state {state} -c 'SELECT * FROM {sink} LIMIT 5'");
+    }
+    // The last table is the one furthest down the pipeline.
+    if let Some(location) = sinks.iter().rev().find_map(|(_, location)| location.as_ref()) {
+        eprintln!(
+            "  duckdb -c \"SELECT * FROM read_parquet('{location}/**/*.parquet', hive_partitioning = false) LIMIT 5\""
+        );
+        eprintln!(
+            "  python3 -c \"from deltalake import DeltaTable, QueryBuilder; t = DeltaTable('{location}'); \
+             print(QueryBuilder().register('t', t).execute('SELECT * FROM t LIMIT 5').read_all())\""
+        );
     }
 }

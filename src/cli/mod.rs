@@ -1,4 +1,5 @@
 //! The command line: the only room that prints. Data goes to stdout, everything else to stderr.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "the room that prints")]
 
 #[cfg(feature = "kafka")]
 mod dev;

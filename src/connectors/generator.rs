@@ -126,11 +126,15 @@ fn kind(field: &Field, owner: &str) -> Result<Kind> {
     Ok(kind)
 }
 
+/// A start that lies further back is not caught up: opening a reader does not take that long.
+const MAX_CATCH_UP: Duration = Duration::from_secs(10);
+
 /// Rows of one partition.
 #[derive(Debug, Clone)]
 pub struct GeneratorSource {
     config: Arc<GeneratorConfig>,
     start: Micros,
+    first_start: Micros,
     clock: Clock,
 }
 
@@ -140,7 +144,7 @@ impl GeneratorSource {
     pub fn new(config: GeneratorConfig, first_start: Micros, clock: Clock) -> Self {
         let lookback = Micros::try_from(config.lookback.as_micros()).unwrap_or(Micros::MAX);
         let start = config.start.unwrap_or(first_start.saturating_sub(lookback));
-        Self { config: Arc::new(config), start, clock }
+        Self { config: Arc::new(config), start, first_start, clock }
     }
 
     /// Event time of a row.
@@ -216,12 +220,22 @@ impl SourceConnector for GeneratorSource {
 
     async fn reader(&self, assigned: Positions) -> Result<Box<dyn SourceReader>> {
         let next = assigned.get(PLACE);
+        let now = self.clock.instant();
+        // In its first run a row is due at the moment that its event time names (plus the lookback): what passed
+        // between the pipeline's start and the opening of its reader is caught up.
+        let since_start = self.clock.unix_micros().saturating_sub(self.first_start);
+        let behind = match (next, self.config.start) {
+            (Some(0), None) => {
+                Duration::from_micros(u64::try_from(since_start).unwrap_or(0)).min(MAX_CATCH_UP)
+            }
+            _ => Duration::ZERO,
+        };
         Ok(Box::new(GeneratorReader {
             source: self.clone(),
             // A reader of no partition has nothing to say, as one that has said it all.
             next: next.unwrap_or(i64::MAX),
             first: next.unwrap_or(i64::MAX),
-            opened: self.clock.instant(),
+            opened: now.checked_sub(behind).unwrap_or(now),
             told_end: next.is_none(),
         }))
     }
