@@ -14,3 +14,4 @@ mod layout;
 mod online;
 mod pipeline;
 mod slt;
+mod statements;

@@ -3,6 +3,7 @@
 //! A sink is queried by its name: a Delta sink is its table, an online sink is read back from its store. Files are
 //! queried by path. Only what a query names is opened.
 
+mod introspect;
 mod newest;
 
 use std::sync::Arc;
@@ -11,11 +12,13 @@ use arrow::array::RecordBatch;
 use arrow::datatypes::SchemaRef;
 use datafusion::datasource::MemTable;
 use datafusion::prelude::SessionContext;
+use datafusion::sql::parser::Statement as DfStatement;
 
 use crate::error::{Error, Result};
 use crate::plan::session::batch_session;
 use crate::plan::views::{located, quoted};
 use crate::plan::{SinkKind, SinkPlan, StreamPlan};
+use crate::sql::wildcard::hide;
 use crate::sql::{Catalog, SourceText, Statement, Variables};
 
 /// The rows of a query and their schema.
@@ -40,10 +43,40 @@ pub async fn query(
     let text = SourceText::new("<command line>", sql);
     let mut answer = None;
     for statement in crate::sql::parser::parse(&text, variables)? {
-        let Statement::Other(statement, place) = statement else {
-            return Err(Error::user("this statement declares something and is no query")
-                .hint("Put it into a SQL file of the pipeline."));
+        let (mut statement, place) = match statement {
+            Statement::Other(statement, place) => (statement, place),
+            Statement::ExplainPipeline => {
+                answer = Some(introspect::pipeline(plan)?);
+                continue;
+            }
+            Statement::Show(show) => {
+                answer = Some(introspect::show(catalog, show)?);
+                continue;
+            }
+            Statement::Describe(name, place) => match introspect::describe(catalog, plan, &name).await? {
+                Some(columns) => {
+                    answer = Some(columns);
+                    continue;
+                }
+                None if catalog.table(&name).is_none() => {
+                    return Err(introspect::unknown(catalog, &name, &place));
+                }
+                // The schema of a table may stand in its files only.
+                None => {
+                    register(&session, catalog, plan, &name, state).await?;
+                    let table = session.table(quoted(&name)).await?;
+                    answer = Some(introspect::columns(table.schema().as_arrow(), None)?);
+                    continue;
+                }
+            },
+            _ => {
+                return Err(Error::user("this statement declares something and is no query")
+                    .hint("Put it into a SQL file of the pipeline."));
+            }
         };
+        if let DfStatement::Statement(statement) = statement.as_mut() {
+            hide(statement.as_mut(), &|name| hidden(plan, name));
+        }
         let names =
             session.state().resolve_table_references(&statement).map_err(|error| located(error, &place))?;
         for name in names {
@@ -56,6 +89,15 @@ pub async fn query(
         answer = Some(Answer { schema, batches: frame.collect().await? });
     }
     answer.ok_or_else(|| Error::user("the query is empty").hint("Give one with -c 'SELECT …'."))
+}
+
+/// Columns of a sink that `SELECT *` leaves out.
+fn hidden(plan: &StreamPlan, name: &str) -> Vec<String> {
+    match plan.sinks().find(|(_, sink)| sink.name == name).map(|(_, sink)| &sink.kind) {
+        #[cfg(feature = "delta")]
+        Some(SinkKind::Delta(config)) => config.added_columns(),
+        _ => Vec::new(),
+    }
 }
 
 async fn register(

@@ -74,6 +74,7 @@ fn options(name: &str, state: &str) -> RunOptions {
         checkpoint: Duration::from_secs(1),
         until_end: false,
         close: false,
+        console: super::output::console,
     }
 }
 

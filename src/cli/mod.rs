@@ -210,6 +210,7 @@ async fn run(args: RunArgs) -> Result<()> {
         checkpoint: args.checkpoint,
         until_end: args.until_end,
         close: args.close,
+        console: output::console,
     };
     let metrics = Metrics::shared();
     let (stop, stopped) = tokio::sync::watch::channel(false);

@@ -62,6 +62,12 @@ pub fn text(text: &str) -> Result<()> {
     write(text.as_bytes())
 }
 
+/// What `console` sinks write to.
+#[expect(clippy::disallowed_methods, reason = "cli prints")]
+pub fn console() -> Box<dyn Write + Send> {
+    Box::new(std::io::stdout())
+}
+
 /// A reader that has seen enough is no failure.
 #[expect(clippy::disallowed_methods, reason = "cli prints")]
 fn write(bytes: &[u8]) -> Result<()> {

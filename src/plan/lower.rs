@@ -541,7 +541,13 @@ impl<'a, 'b> Prepared<'a, 'b> {
             Expr::Column(column) => Some(self.index_of(column)?),
             _ => None,
         };
-        if column.is_none() || column != self.input.time || !sort.asc {
+        if self.input.time.is_none() {
+            let hint =
+                "Declare WATERMARK FOR event_time AS event_time - INTERVAL '…' in the source, and select it.";
+            let what = "a window needs the event time of a source with a watermark";
+            return Err(self.refuse(what.into(), "ORDER", hint));
+        }
+        if column != self.input.time || !sort.asc {
             return Err(self.refuse(
                 format!("a window is ordered by {sort}, not by the event time"),
                 "ORDER",
@@ -571,9 +577,9 @@ impl<'a, 'b> Prepared<'a, 'b> {
             WindowFrameBound::Preceding(value) => match interval_micros(value) {
                 Some(micros) => Ok(Frame::Preceding { micros }),
                 None => Err(self.refuse(
-                    format!("the frame starts {value} before its row, which is no fixed length"),
+                    "a frame of months or years has no fixed length".into(),
                     "RANGE",
-                    "Use days, hours, minutes or seconds: months have no fixed length.",
+                    "Use weeks, days, hours, minutes or seconds: months differ in length.",
                 )),
             },
             WindowFrameBound::Following(_) => {

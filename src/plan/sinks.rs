@@ -7,6 +7,7 @@ use std::sync::Arc;
 use arrow::datatypes::SchemaRef;
 use datafusion::logical_expr::LogicalPlan;
 
+use crate::connectors::console::ConsoleFormat;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::DeltaConfig;
 #[cfg(feature = "kafka")]
@@ -32,7 +33,7 @@ pub enum SinkKind {
         store: OnlineKind,
         ttl_micros: Option<i64>,
     },
-    Console,
+    Console(ConsoleFormat),
     Blackhole,
 }
 
@@ -183,7 +184,8 @@ fn add_sink(
         };
     if default == Emission::Latest && emission == Emission::Final {
         let message = format!("sink {}: an online store takes the emission 'latest'", sink.name);
-        return Err(placed(Error::user(message).hint("Leave the option emission out.")));
+        let place = options.place("emission").unwrap_or_else(|| sink.place.clone());
+        return Err(Error::user(message).hint("Leave the option emission out.").at(place));
     }
     let relation = source_of(sink, sources);
     let metadata =
@@ -240,6 +242,7 @@ fn connector_of(
     schema: &SchemaRef,
 ) -> Result<(SinkKind, Vec<String>)> {
     let placed = |error: Error| error.at(sink.place.clone());
+    let partition = options.place("partition_by").unwrap_or_else(|| sink.place.clone());
     let list = |text: Option<String>| -> Vec<String> {
         text.map(|t| t.split(',').map(|k| k.trim().to_owned()).collect()).unwrap_or_default()
     };
@@ -247,7 +250,7 @@ fn connector_of(
         #[cfg(feature = "delta")]
         "delta" => {
             let config = DeltaConfig::from_options(options).map_err(placed)?;
-            config.table_schema(schema).map_err(placed)?;
+            config.table_schema(schema).map_err(|error| error.at(partition))?;
             Ok((SinkKind::Delta(config), Vec::new()))
         }
         #[cfg(feature = "redis")]
@@ -268,12 +271,14 @@ fn connector_of(
             let key = config.key.clone();
             Ok((SinkKind::Kafka(config), key))
         }
-        "console" => Ok((SinkKind::Console, Vec::new())),
+        "console" => {
+            let format = ConsoleFormat::from_options(options).map_err(placed)?;
+            Ok((SinkKind::Console(format), Vec::new()))
+        }
         "blackhole" => Ok((SinkKind::Blackhole, Vec::new())),
-        other => Err(placed(
-            Error::user(format!("sink {}: connector '{other}' is not known", sink.name))
-                .hint("Sinks are written by 'delta', 'redis', 'kafka', 'memory', 'console' and 'blackhole'."),
-        )),
+        other => Err(Error::user(format!("sink {}: connector '{other}' is not known", sink.name))
+            .hint("Sinks are written by 'delta', 'redis', 'kafka', 'memory', 'console' and 'blackhole'.")
+            .at(options.place("connector").unwrap_or_else(|| sink.place.clone()))),
     }
 }
 
@@ -332,7 +337,7 @@ impl fmt::Display for SinkPlan {
             #[cfg(feature = "redis")]
             SinkKind::Online { store: OnlineKind::Redis(_), .. } => f.write_str("redis")?,
             SinkKind::Online { .. } => f.write_str("memory")?,
-            SinkKind::Console => f.write_str("console")?,
+            SinkKind::Console(_) => f.write_str("console")?,
             SinkKind::Blackhole => f.write_str("blackhole")?,
         }
         write!(f, ", emission {emission}")?;

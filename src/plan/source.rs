@@ -104,6 +104,11 @@ impl SourcePlan {
         })
     }
 
+    /// Names of the columns that `SELECT *` leaves out.
+    pub fn hidden(&self) -> Vec<String> {
+        self.schema.fields()[self.visible..].iter().map(|field| field.name().clone()).collect()
+    }
+
     pub fn has_metadata(&self) -> bool {
         self.schema.fields().len() > self.visible
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use datafusion::catalog::TableProvider;
+use datafusion::common::SchemaError;
 use datafusion::datasource::ViewTable;
 use datafusion::error::DataFusionError;
 use datafusion::logical_expr::LogicalPlan;
@@ -14,6 +15,8 @@ use sqlparser::ast::{Query, Statement};
 use crate::error::{Error, Place, Result};
 use crate::plan::session::SourceTable;
 use crate::plan::source::SourcePlan;
+use crate::sql::options::nearest;
+use crate::sql::wildcard::hide;
 use crate::sql::{Catalog, CreateView};
 
 /// Plans the queries of one catalog in one session.
@@ -52,14 +55,33 @@ impl<'a> ViewPlanner<'a> {
     }
 
     async fn unoptimised(&mut self, query: &Query, place: &Place) -> Result<LogicalPlan> {
-        let statement = DfStatement::Statement(Box::new(Statement::Query(Box::new(query.clone()))));
+        let mut query = query.clone();
+        hide(&mut query, &|name| {
+            let source = self.sources.get(name);
+            source.map(|source| source.hidden()).unwrap_or_default()
+        });
+        let statement = DfStatement::Statement(Box::new(Statement::Query(Box::new(query))));
         let state = self.session.state();
         let references = state.resolve_table_references(&statement).map_err(|error| located(error, place))?;
         for reference in references {
             Box::pin(self.register(reference.table(), place)).await?;
         }
         let state = self.session.state();
-        state.statement_to_plan(statement).await.map_err(|error| located(error, place))
+        state.statement_to_plan(statement).await.map_err(|error| self.unknown_relation(located(error, place)))
+    }
+
+    /// DataFusion does not say which name is near.
+    fn unknown_relation(&self, error: Error) -> Error {
+        let Some(name) =
+            error.message().strip_prefix("table '").and_then(|rest| rest.strip_suffix("' not found"))
+        else {
+            return error;
+        };
+        let known = self.catalog.names();
+        match nearest(name, &known) {
+            Some(near) => error.hint(format!("Did you mean {near}?")),
+            None => error.hint(format!("The pipeline declares {}.", known.join(", "))),
+        }
     }
 
     /// Makes a source or view known to the session. Unknown names are left to DataFusion, which knows the place.
@@ -76,6 +98,7 @@ impl<'a> ViewPlanner<'a> {
                 Some(table) => Err(Error::user(format!("the table {name} cannot be joined to a stream yet"))
                     .hint("Look-up joins come with a later version; query the table with `millstream query`.")
                     .at(table.place.clone())),
+                // A common table expression has no name in the catalog; what is nowhere DataFusion refuses.
                 None => Ok(()),
             };
         };
@@ -85,7 +108,9 @@ impl<'a> ViewPlanner<'a> {
     async fn register_view(&mut self, name: &str, view: &CreateView, place: &Place) -> Result<()> {
         if self.planning.iter().any(|planned| planned == name) {
             let cycle = format!("{} -> {name}", self.planning.join(" -> "));
-            return Err(Error::user(format!("the view {name} depends on itself: {cycle}")).at(place.clone()));
+            return Err(Error::user(format!("the view {name} depends on itself: {cycle}"))
+                .hint("Let one of these views read a source instead.")
+                .at(place.clone()));
         }
         self.planning.push(name.to_owned());
         let plan = self.unoptimised(&view.query, &view.place).await?;
@@ -106,6 +131,7 @@ pub fn quoted(name: &str) -> datafusion::common::TableReference {
 
 /// A planning error of DataFusion at its own span, if it has one, else at the statement.
 pub fn located(error: DataFusionError, statement: &Place) -> Error {
+    let slip = did_you_mean(&error);
     let place = error.diagnostic().and_then(|diagnostic| diagnostic.span).map_or_else(
         || statement.clone(),
         |span| {
@@ -119,15 +145,49 @@ pub fn located(error: DataFusionError, statement: &Place) -> Error {
             }
         },
     );
-    let hint = error.diagnostic().and_then(|d| d.helps.first().map(|help| help.message.clone()));
     let message = match error.diagnostic() {
         Some(diagnostic) => diagnostic.message.clone(),
         None => strip(&error.strip_backtrace()),
     };
-    let error = Error::user(message).at(place);
-    match hint {
+    if message.starts_with("Cannot create filter with non-boolean predicate") {
+        let place = crate::sql::place::find_word(statement, "WHERE").unwrap_or(place);
+        return Error::user("the condition of WHERE is no BOOLEAN")
+            .hint("Write a condition such as amount > 0.")
+            .at(place);
+    }
+    let error = Error::user(lower_first(&message)).at(place);
+    match slip {
         Some(hint) => error.hint(hint),
         None => error,
+    }
+}
+
+/// What a misspelt name may have meant.
+fn did_you_mean(error: &DataFusionError) -> Option<String> {
+    if let DataFusionError::SchemaError(cause, _) = error.find_root()
+        && let SchemaError::FieldNotFound { field, valid_fields } = cause.as_ref()
+    {
+        let mut names: Vec<String> = valid_fields.iter().map(|column| column.name.clone()).collect();
+        names.dedup();
+        return Some(match nearest(&field.name, &names) {
+            Some(near) => format!("Did you mean {near}?"),
+            None => format!("The columns are {}.", names.join(", ")),
+        });
+    }
+    // DataFusion says it in the text for functions only.
+    let text = error.strip_backtrace();
+    let near = text.split("Did you mean '").nth(1)?.split('\'').next()?;
+    Some(format!("Did you mean {near}?"))
+}
+
+/// Messages of ours begin in lower case.
+fn lower_first(message: &str) -> String {
+    let mut letters = message.chars();
+    match (letters.next(), letters.clone().next()) {
+        (Some(first), Some(second)) if !second.is_uppercase() => {
+            first.to_lowercase().chain(letters).collect()
+        }
+        _ => message.to_owned(),
     }
 }
 

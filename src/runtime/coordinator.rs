@@ -34,6 +34,8 @@ pub struct RunOptions {
     pub until_end: bool,
     /// At the stop: no row follows, make everything final and mark the pipeline closed.
     pub close: bool,
+    /// Where `console` sinks write: only the command line prints.
+    pub console: fn() -> Box<dyn std::io::Write + Send>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,8 +83,7 @@ pub async fn run(
         return Ok(Outcome::AlreadyClosed);
     }
     let (durable, published) = watch::channel(0);
-    let tasks =
-        spawn(Arc::clone(&plan), &world, options.parallelism, Arc::clone(&metrics), published).await?;
+    let tasks = spawn(Arc::clone(&plan), &world, &options, Arc::clone(&metrics), published).await?;
     let last = world.manifest.clone();
     let mut coordinator = Coordinator {
         plan,

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::operators::newest::Newest;
 use crate::operators::over::Over;
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
+use crate::runtime::RunOptions;
 use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::{KeyedTask, Saver};
@@ -38,6 +39,7 @@ pub struct Tasks {
 struct Graph<'a> {
     plan: Arc<StreamPlan>,
     world: &'a World,
+    console: fn() -> Box<dyn std::io::Write + Send>,
     parallelism: usize,
     metrics: Arc<Metrics>,
     reports: Sender<Report>,
@@ -53,15 +55,17 @@ struct Graph<'a> {
 pub async fn spawn(
     plan: Arc<StreamPlan>,
     world: &World,
-    parallelism: usize,
+    options: &RunOptions,
     metrics: Arc<Metrics>,
     durable: watch::Receiver<u64>,
 ) -> Result<Tasks> {
     let (reports, receiver) = channel(1_024);
     let (source, _) = plan.source().ok_or_else(|| Error::internal("a plan without source was run"))?;
+    let parallelism = options.parallelism;
     let mut graph = Graph {
         plan: Arc::clone(&plan),
         world,
+        console: options.console,
         parallelism,
         metrics,
         reports,
@@ -213,7 +217,7 @@ impl Graph<'_> {
                     self.run(task.run());
                 }
                 other => {
-                    let sink = append_sink(other, sink).await?;
+                    let sink = append_sink(other, sink, self.console).await?;
                     self.run(AppendTask { node, sink, inbox, reports, metrics }.run());
                 }
             }
@@ -274,11 +278,18 @@ impl Graph<'_> {
     }
 }
 
-async fn append_sink(kind: &SinkKind, sink: &SinkPlan) -> Result<Box<dyn crate::connectors::AppendSink>> {
+async fn append_sink(
+    kind: &SinkKind,
+    sink: &SinkPlan,
+    console: fn() -> Box<dyn std::io::Write + Send>,
+) -> Result<Box<dyn crate::connectors::AppendSink>> {
     match kind {
         #[cfg(feature = "kafka")]
         SinkKind::Kafka(config) => {
             Ok(Box::new(crate::connectors::kafka::KafkaSink::open(config.clone()).await?))
+        }
+        SinkKind::Console(format) => {
+            Ok(Box::new(crate::connectors::console::ConsoleSink::new(*format, console())))
         }
         SinkKind::Blackhole => Ok(Box::new(crate::connectors::blackhole::BlackholeSink::default())),
         _ => Err(Error::user(format!("sink {}: this connector cannot run yet", sink.name))),

@@ -80,6 +80,11 @@ impl Catalog {
         Ok(())
     }
 
+    /// Everything declared, in order.
+    pub fn names(&self) -> Vec<String> {
+        self.names.iter().map(|(name, _)| name.clone()).collect()
+    }
+
     pub fn source(&self, name: &str) -> Option<&CreateSource> {
         self.sources.iter().find(|source| source.name == name)
     }

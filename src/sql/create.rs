@@ -151,7 +151,9 @@ impl Reader<'_> {
             let before = if self.is_word(0, "WITH") { Some(self.options(&owner)?) } else { None };
             let found = self.peek(0);
             if !self.take_word("AS") {
-                return Err(self.expected("FROM or AS", &found));
+                return Err(self
+                    .expected("FROM or AS", &found)
+                    .hint("Write CREATE SINK n FROM view WITH (…), or CREATE SINK n AS SELECT … WITH (…)."));
             }
             let query = self.sink_query(before.is_some(), &place)?;
             let options = match before {

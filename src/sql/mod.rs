@@ -17,6 +17,7 @@ pub mod place;
 pub mod statement;
 pub mod types;
 pub mod variables;
+pub mod wildcard;
 pub mod windows;
 
 pub use catalog::Catalog;

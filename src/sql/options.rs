@@ -114,6 +114,11 @@ impl Options {
         Self::new(owner, entries.iter().map(entry))
     }
 
+    /// The value of an option as it may be shown: nothing of a secret.
+    pub fn shown(&self, key: &str) -> Option<String> {
+        self.left.get(key).filter(|option| !option.secret).map(|option| option.value.clone())
+    }
+
     pub fn owner(&self) -> &str {
         &self.owner
     }
@@ -198,7 +203,14 @@ impl Options {
     pub fn choice(&mut self, key: &str, choices: &[&str]) -> Result<Option<usize>> {
         let Some(option) = self.take(key)? else { return Ok(None) };
         let found = choices.iter().position(|choice| choice.eq_ignore_ascii_case(option.value.trim()));
-        found.map(Some).ok_or_else(|| self.wrong(key, &option, &format!("one of {}", choices.join(", "))))
+        found.map(Some).ok_or_else(|| {
+            let error = self.wrong(key, &option, &format!("one of {}", choices.join(", ")));
+            let known: Vec<String> = choices.iter().map(|choice| (*choice).to_owned()).collect();
+            match nearest(option.value.trim(), &known) {
+                Some(near) => error.hint(format!("Did you mean {near}?")),
+                None => error,
+            }
+        })
     }
 
     /// All options whose key starts with `prefix`, without it: `kafka.*`, `topic.*`. Secrets stay behind.

@@ -100,6 +100,12 @@ impl DeltaConfig {
         Ok(Arc::new(Schema::new(fields)))
     }
 
+    /// Columns that `partition_by` adds to those of the rows: `SELECT *` leaves them out.
+    pub fn added_columns(&self) -> Vec<String> {
+        let added = self.partition_by.iter().filter(|part| part.transform != Transform::Identity);
+        added.map(Partitioning::name).collect()
+    }
+
     /// Names of the partition columns, in the order of `partition_by`.
     pub fn partition_names(&self) -> Vec<String> {
         self.partition_by.iter().map(Partitioning::name).collect()

@@ -1,0 +1,16 @@
+CREATE SOURCE s (
+    user_id BIGINT NOT NULL,
+    amount  DOUBLE,
+    event_time TIMESTAMP,
+    WATERMARK FOR event_time AS event_time - INTERVAL '5 seconds'
+) WITH (connector = 'kafka', bootstrap_servers = 'localhost:9092', topic = 't', format = 'json');
+
+CREATE SOURCE z (
+    user_id BIGINT NOT NULL,
+    amount  DOUBLE,
+    event_time TIMESTAMP,
+    WATERMARK FOR event_time AS event_time - INTERVAL '5 seconds'
+) WITH (connector = 'kafka', bootstrap_servers = 'localhost:9092', topic = 't', format = 'json');
+
+CREATE SINK a FROM s WITH (connector = 'blackhole');
+CREATE SINK b FROM z WITH (connector = 'blackhole');
