@@ -63,7 +63,7 @@ def environment(folder):
 
 
 def produce(folder, topic, **variables):
-    values = {"TOPIC": topic, "RATE": 0, "DISORDER": 4000, "USERS": 100_000, **variables}
+    values = {"TOPIC": topic, "RATE": 0, "DISORDER": 4000, "USERS": 100_000, "LOOKBACK": "1 day", **variables}
     sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     command = [ARGS.binary, "run", ROOT / "benches/transactions_producer.sql", "--until-end", "--close", "--name", f"p-{topic}",
                "--state", folder / "producer-state", "--parallelism", "1", *sets]
@@ -142,7 +142,7 @@ def freshness(rate, seconds):
         command = [ARGS.binary, "run", sql, "--name", topic, "--state", folder / "state", "--parallelism", str(ARGS.parallelism)]
         process = subprocess.Popen(command, env=environment(folder), stdout=subprocess.DEVNULL, stderr=(folder / "run.log").open("w"))
         time.sleep(3)
-        finished(produce(folder, topic, ROWS=rate * seconds, RATE=rate, DISORDER=0), folder, "producer")
+        finished(produce(folder, topic, ROWS=rate * seconds, RATE=rate, DISORDER=0, LOOKBACK="0 seconds"), folder, "producer")
         time.sleep(1)
         process.send_signal(signal.SIGINT)
         finished(process, folder, "run")

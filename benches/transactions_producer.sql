@@ -4,7 +4,8 @@ CREATE SOURCE ticks (
     seq BIGINT NOT NULL, event_time TIMESTAMP NOT NULL,
     r1 DOUBLE NOT NULL, r2 DOUBLE NOT NULL, r3 DOUBLE NOT NULL, r4 DOUBLE NOT NULL,
     WATERMARK FOR event_time AS event_time
-) WITH (connector = 'generator', rows_per_second = '${RATE}', total = '${ROWS}', seed = '7');
+) WITH (connector = 'generator', rows_per_second = '${RATE}', total = '${ROWS}', seed = '7',
+        lookback = '${LOOKBACK}');
 
 CREATE SINK topic AS
 SELECT CAST(floor(${USERS} * r1 * r1) AS BIGINT)                                              AS user_id,

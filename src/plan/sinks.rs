@@ -242,13 +242,13 @@ fn connector_of(
     schema: &SchemaRef,
 ) -> Result<(SinkKind, Vec<String>)> {
     let placed = |error: Error| error.at(sink.place.clone());
-    let partition = options.place("partition_by").unwrap_or_else(|| sink.place.clone());
     let list = |text: Option<String>| -> Vec<String> {
         text.map(|t| t.split(',').map(|k| k.trim().to_owned()).collect()).unwrap_or_default()
     };
     match connector {
         #[cfg(feature = "delta")]
         "delta" => {
+            let partition = options.place("partition_by").unwrap_or_else(|| sink.place.clone());
             let config = DeltaConfig::from_options(options).map_err(placed)?;
             config.table_schema(schema).map_err(|error| error.at(partition))?;
             Ok((SinkKind::Delta(config), Vec::new()))
