@@ -27,7 +27,7 @@
 //! memory is at most about twice the live rows and a row is copied O(log n) times.
 
 mod keys;
-mod store;
+
 #[cfg(test)]
 mod tests;
 
@@ -41,8 +41,8 @@ use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 use crate::error::{Error, Result};
 use crate::stream::{ChangeBatch, Micros, Origin};
 
+use super::slots::{Chunks, Pointer};
 use keys::{Keys, NO_SLOT};
-use store::{Chunks, Pointer};
 
 /// Names of the columns that [`Newest::snapshot`] adds behind the row's own.
 pub const SNAPSHOT_COLUMNS: [&str; 4] = ["__time", "__place", "__offset", "__dirty"];

@@ -1,4 +1,4 @@
-//! Columnar chunks behind [`super::Newest`]: slots point into them, garbage is bounded.
+//! Columnar chunks behind keyed operators: dense slots point into them, garbage is bounded.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ const SMALL: usize = 1_024;
 
 /// Where a slot's row is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Pointer {
+pub(in crate::operators) struct Pointer {
     chunk: u32,
     row: u32,
 }
@@ -24,22 +24,22 @@ const VACANT: u32 = u32::MAX;
 const PENDING: u32 = u32::MAX - 1;
 
 impl Pointer {
-    pub(super) const VACANT: Self = Self { chunk: VACANT, row: 0 };
+    pub(in crate::operators) const VACANT: Self = Self { chunk: VACANT, row: 0 };
 
     /// A row of the batch in hand, not yet in a chunk.
-    pub(super) fn pending(row: u32) -> Self {
+    pub(in crate::operators) fn pending(row: u32) -> Self {
         Self { chunk: PENDING, row }
     }
 
-    pub(super) fn is_vacant(self) -> bool {
+    pub(in crate::operators) fn is_vacant(self) -> bool {
         self.chunk == VACANT
     }
 
-    pub(super) fn is_pending(self) -> bool {
+    pub(in crate::operators) fn is_pending(self) -> bool {
         self.chunk == PENDING
     }
 
-    pub(super) fn row(self) -> u32 {
+    pub(in crate::operators) fn row(self) -> u32 {
         self.row
     }
 }
@@ -53,7 +53,7 @@ struct Chunk {
 }
 
 #[derive(Debug)]
-pub(super) struct Chunks {
+pub(in crate::operators) struct Chunks {
     schema: SchemaRef,
     chunks: Vec<Chunk>,
     /// Some chunk has become mostly garbage.
@@ -61,21 +61,26 @@ pub(super) struct Chunks {
 }
 
 impl Chunks {
-    pub(super) fn new(schema: SchemaRef) -> Self {
+    pub(in crate::operators) fn new(schema: SchemaRef) -> Self {
         Self { schema, chunks: Vec::new(), wasteful: false }
     }
 
-    pub(super) fn memory_size(&self) -> usize {
+    pub(in crate::operators) fn memory_size(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.rows.get_array_memory_size()).sum()
     }
 
     #[cfg(test)]
-    pub(super) fn shape(&self) -> (usize, usize) {
+    pub(in crate::operators) fn shape(&self) -> (usize, usize) {
         (self.chunks.len(), self.chunks.iter().map(|chunk| chunk.owners.len()).sum())
     }
 
     /// Adds rows, one per slot of `owners`, and points the slots to them.
-    pub(super) fn add(&mut self, rows: RecordBatch, owners: &[u32], at: &mut [Pointer]) -> Result<()> {
+    pub(in crate::operators) fn add(
+        &mut self,
+        rows: RecordBatch,
+        owners: &[u32],
+        at: &mut [Pointer],
+    ) -> Result<()> {
         let rows = without_shared_buffers(rows)?;
         self.push(rows, owners.to_vec(), at);
         Ok(())
@@ -88,14 +93,17 @@ impl Chunks {
     }
 
     /// A row is no longer pointed to.
-    pub(super) fn release(&mut self, pointer: Pointer) {
+    pub(in crate::operators) fn release(&mut self, pointer: Pointer) {
         let chunk = &mut self.chunks[pointer.chunk as usize];
         chunk.live -= 1;
         self.wasteful |= is_wasteful(chunk);
     }
 
     /// The rows pointed to, in that order.
-    pub(super) fn gather(&self, pointers: impl Iterator<Item = Pointer>) -> Result<RecordBatch> {
+    pub(in crate::operators) fn gather(
+        &self,
+        pointers: impl Iterator<Item = Pointer>,
+    ) -> Result<RecordBatch> {
         let indices: Vec<(usize, usize)> = pointers.map(|at| (at.chunk as usize, at.row as usize)).collect();
         if indices.is_empty() {
             return Ok(RecordBatch::new_empty(self.schema.clone()));
@@ -105,7 +113,7 @@ impl Chunks {
     }
 
     /// Merges and rewrites until the number of chunks and the garbage are within their bounds.
-    pub(super) fn settle(&mut self, at: &mut [Pointer]) -> Result<()> {
+    pub(in crate::operators) fn settle(&mut self, at: &mut [Pointer]) -> Result<()> {
         while let Some(first) = self.mergeable() {
             let (rows, owners) = self.live_rows(first..self.chunks.len(), at)?;
             self.chunks.truncate(first);

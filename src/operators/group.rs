@@ -1,0 +1,356 @@
+//! GROUP BY without a window: one row per key, updated as rows arrive (DESIGN §3 *Emissions*).
+//!
+//! # Meaning
+//! After each batch the operator says what changed: for each key touched, the row that no longer holds (weight −1)
+//! and the one that holds now (+1); nothing for a key whose row stayed the same. Accumulated, that is the batch answer
+//! over all rows pushed, however they were cut. Rows never close: there is no `final` here.
+//!
+//! The order key of a row is the greatest (event time, place, offset) of the rows that made it, so it never falls.
+//!
+//! # State
+//! Per key one row: key columns, results, the partial states of the aggregates, the order key. Any aggregate of
+//! DataFusion works through its partial state (`notes/datafusion-55.md`, *Aggregates*): the batch is aggregated to
+//! partial states, merged with those of the keys touched, and the merged states are evaluated. A batch costs as much as
+//! its rows and the keys that it touches; other keys are not visited. Integer results are exact; sums of floats depend
+//! on the order of additions in the last digits.
+//!
+//! # Snapshots
+//! [`Group::snapshot`] holds the state rows of the keys touched since the last one; restoring them in order gives the
+//! same table. The layout of partial states is DataFusion's: its schema is stored with them, and another one is
+//! refused at restore.
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch};
+use arrow::compute::{cast, concat_batches, filter_record_batch, or};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
+use datafusion::logical_expr::{EmitTo, GroupsAccumulator};
+use datafusion::physical_expr::GroupsAccumulatorAdapter;
+use datafusion::physical_expr::aggregate::AggregateFunctionExpr;
+
+use super::slots::{Chunks, Pointer};
+use crate::error::{Error, Result};
+use crate::state::keys::{KeyIndex, hash_keys};
+use crate::stream::{ChangeBatch, Origin};
+
+/// Names of the order key's columns, behind all others of a state row.
+const ORIGIN: [&str; 3] = ["__time", "__place", "__offset"];
+const NONE: u32 = u32::MAX;
+
+/// One aggregate of the SELECT list.
+#[derive(Debug, Clone)]
+pub struct Aggregate {
+    pub function: Arc<AggregateFunctionExpr>,
+    /// Input columns of the arguments.
+    pub arguments: Vec<usize>,
+    /// A BOOLEAN input column: FILTER (WHERE …).
+    pub filter: Option<usize>,
+    /// The result's name, type and nullability.
+    pub output: Arc<Field>,
+}
+
+/// What a GROUP BY computes.
+#[derive(Debug, Clone)]
+pub struct GroupSpec {
+    pub input: SchemaRef,
+    pub keys: Vec<usize>,
+    pub calls: Vec<Aggregate>,
+}
+
+impl GroupSpec {
+    /// Key columns, then one per aggregate.
+    pub fn output(&self) -> SchemaRef {
+        let keys = self.keys.iter().map(|key| Arc::clone(&self.input.fields()[*key]));
+        let calls = self.calls.iter().map(|call| Arc::clone(&call.output));
+        Arc::new(Schema::new(keys.chain(calls).collect::<Vec<_>>()))
+    }
+}
+
+/// The keyed table of one shard.
+pub struct Group {
+    spec: GroupSpec,
+    output: SchemaRef,
+    /// Output columns, partial states of each call, order key.
+    state: SchemaRef,
+    /// Where the partial states of each call begin and end in `state`.
+    partials: Vec<std::ops::Range<usize>>,
+    index: KeyIndex,
+    chunks: Chunks,
+    at: Vec<Pointer>,
+    /// Touched since the last snapshot; at most once each.
+    dirty: Vec<u32>,
+    is_dirty: Vec<bool>,
+    /// Scratch: slot → group of the batch in hand.
+    local: Vec<u32>,
+    hashes: Vec<u64>,
+    slots: Vec<u32>,
+}
+
+impl Group {
+    /// # Errors
+    /// User: a key of a type that cannot be hashed. Internal: an aggregate without a partial state.
+    pub fn new(spec: GroupSpec) -> Result<Self> {
+        let types: Vec<DataType> =
+            spec.keys.iter().map(|key| spec.input.field(*key).data_type().clone()).collect();
+        let output = spec.output();
+        let mut fields: Vec<_> = output.fields().iter().cloned().collect();
+        let mut partials = Vec::new();
+        for (number, call) in spec.calls.iter().enumerate() {
+            let first = fields.len();
+            for (part, field) in call.function.state_fields()?.into_iter().enumerate() {
+                fields.push(Arc::new(Field::new(
+                    format!("__{number}_{part}"),
+                    field.data_type().clone(),
+                    true,
+                )));
+            }
+            partials.push(first..fields.len());
+        }
+        fields.extend(ORIGIN.iter().map(|name| Arc::new(Field::new(*name, DataType::Int64, false))));
+        let state = Arc::new(Schema::new(fields));
+        Ok(Self {
+            chunks: Chunks::new(Arc::clone(&state)),
+            index: KeyIndex::new(&types)?,
+            spec,
+            output,
+            state,
+            partials,
+            at: Vec::new(),
+            dirty: Vec::new(),
+            is_dirty: Vec::new(),
+            local: Vec::new(),
+            hashes: Vec::new(),
+            slots: Vec::new(),
+        })
+    }
+
+    pub fn output_schema(&self) -> SchemaRef {
+        Arc::clone(&self.output)
+    }
+
+    /// Keys held.
+    pub fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.index.is_empty()
+    }
+
+    /// Takes rows in; returns what changed, `None` when nothing did.
+    ///
+    /// # Errors
+    /// User: an aggregate overflowed. Internal: rows with weights.
+    pub fn push(&mut self, batch: &ChangeBatch) -> Result<Option<ChangeBatch>> {
+        if batch.weights.is_some() {
+            return Err(Error::internal("a GROUP BY was given rows with weights"));
+        }
+        if batch.num_rows() == 0 {
+            return Ok(None);
+        }
+        let keys: Vec<ArrayRef> =
+            self.spec.keys.iter().map(|key| Arc::clone(batch.rows.column(*key))).collect();
+        self.intern(&keys, batch.num_rows())?;
+        let (groups, touched, known) = self.localise();
+        let prior = self.chunks.gather(touched[..known].iter().map(|slot| self.at[*slot as usize]))?;
+        let next = self.next_rows(batch, &groups, &touched, &prior)?;
+        let changes = self.changes(&prior, &next)?;
+        self.replace(next, &touched)?;
+        Ok(changes)
+    }
+
+    fn intern(&mut self, keys: &[ArrayRef], rows: usize) -> Result<()> {
+        hash_keys(keys, rows, &mut self.hashes)?;
+        self.index.intern(keys, &self.hashes, &mut self.slots)?;
+        self.at.resize(self.index.len(), Pointer::VACANT);
+        self.is_dirty.resize(self.index.len(), false);
+        self.local.resize(self.index.len(), NONE);
+        Ok(())
+    }
+
+    /// Numbers the keys of the batch, those with a state row first: the group of each row, the slot of each group, and
+    /// how many have a state row. Accumulators take groups to be seen from 0 on without a gap.
+    fn localise(&mut self) -> (Vec<usize>, Vec<u32>, usize) {
+        let mut touched: Vec<u32> = Vec::new();
+        for slot in &self.slots {
+            if std::mem::replace(&mut self.local[*slot as usize], 0) == NONE {
+                touched.push(*slot);
+            }
+        }
+        touched.sort_by_key(|slot| self.at[*slot as usize].is_vacant());
+        let known = touched.partition_point(|slot| !self.at[*slot as usize].is_vacant());
+        touched.iter().enumerate().for_each(|(group, slot)| self.local[*slot as usize] = group as u32);
+        let groups = self.slots.iter().map(|slot| self.local[*slot as usize] as usize).collect();
+        touched.iter().for_each(|slot| self.local[*slot as usize] = NONE);
+        (groups, touched, known)
+    }
+
+    /// The state rows of the groups with the batch taken in.
+    fn next_rows(
+        &self,
+        batch: &ChangeBatch,
+        groups: &[usize],
+        touched: &[u32],
+        prior: &RecordBatch,
+    ) -> Result<RecordBatch> {
+        let (count, known) = (touched.len(), prior.num_rows());
+        let all: Vec<usize> = (0..count).collect();
+        let mut results = Vec::with_capacity(self.spec.calls.len());
+        let mut states = Vec::new();
+        for (call, range) in self.spec.calls.iter().zip(&self.partials) {
+            let arguments: Vec<ArrayRef> =
+                call.arguments.iter().map(|column| Arc::clone(batch.rows.column(*column))).collect();
+            let filter = call.filter.map(|column| batch.rows.column(column).as_boolean());
+            let mut partial = accumulator(&call.function)?;
+            partial.update_batch(&arguments, groups, filter, count)?;
+            let mut state = partial.state(EmitTo::All)?;
+            if known > 0 {
+                // A separate accumulator: update and merge in one is not promised to work.
+                let mut merged = accumulator(&call.function)?;
+                merged.merge_batch(&prior.columns()[range.clone()], &all[..known], known)?;
+                merged.merge_batch(&state, &all, count)?;
+                state = merged.state(EmitTo::All)?;
+            }
+            let mut result = accumulator(&call.function)?;
+            result.merge_batch(&state, &all, count)?;
+            results.push(typed(result.evaluate(EmitTo::All)?, call.output.data_type())?);
+            for (column, field) in state.into_iter().zip(&self.state.fields()[range.clone()]) {
+                states.push(typed(column, field.data_type())?);
+            }
+        }
+        let mut columns = self.index.keys(touched)?;
+        columns.append(&mut results);
+        columns.append(&mut states);
+        columns.extend(self.orders(batch, groups, prior, count));
+        Ok(RecordBatch::try_new(Arc::clone(&self.state), columns)?)
+    }
+
+    /// The greatest order key of each group.
+    fn orders(
+        &self,
+        batch: &ChangeBatch,
+        groups: &[usize],
+        prior: &RecordBatch,
+        count: usize,
+    ) -> [ArrayRef; 3] {
+        let mut orders = vec![(i64::MIN, i64::MIN, i64::MIN); count];
+        let before = self.origin(prior);
+        (0..prior.num_rows()).for_each(|row| orders[row] = before.key(row));
+        for (row, group) in groups.iter().enumerate() {
+            orders[*group] = orders[*group].max(batch.origin.key(row));
+        }
+        let column =
+            |of: fn(&(i64, i64, i64)) -> i64| Arc::new(orders.iter().map(of).collect::<Int64Array>()) as _;
+        [column(|o| o.0), column(|o| o.1), column(|o| o.2)]
+    }
+
+    fn origin(&self, rows: &RecordBatch) -> Origin {
+        let first = self.state.fields().len() - ORIGIN.len();
+        let column = |at: usize| rows.column(first + at).as_primitive::<Int64Type>().clone();
+        Origin { time: column(0), place: column(1), offset: column(2) }
+    }
+
+    /// Old rows with weight −1 and new ones with +1, where they differ. `prior` belongs to the first rows of `next`.
+    fn changes(&self, prior: &RecordBatch, next: &RecordBatch) -> Result<Option<ChangeBatch>> {
+        let known = prior.num_rows();
+        let mut differs = BooleanArray::from(vec![false; known]);
+        for column in self.spec.keys.len()..self.output.fields().len() {
+            let now = next.column(column).slice(0, known);
+            let other = match arrow::compute::kernels::cmp::distinct(&now, prior.column(column)) {
+                Ok(other) => other,
+                // Types that have no comparison count as changed.
+                Err(_) => BooleanArray::from(vec![true; known]),
+            };
+            differs = or(&differs, &other)?;
+        }
+        let holds = differs.values().iter().chain(std::iter::repeat_n(true, next.num_rows() - known));
+        let holds: BooleanArray = holds.map(Some).collect();
+        let old = filter_record_batch(prior, &differs)?;
+        let new = filter_record_batch(next, &holds)?;
+        if new.num_rows() == 0 {
+            return Ok(None);
+        }
+        let both = concat_batches(&self.state, [&old, &new])?;
+        let weights = (0..both.num_rows()).map(|row| if row < old.num_rows() { -1 } else { 1 });
+        let width: Vec<usize> = (0..self.output.fields().len()).collect();
+        let weights = (old.num_rows() > 0).then(|| Int64Array::from_iter_values(weights));
+        let rows = RecordBatch::try_new(Arc::clone(&self.output), both.project(&width)?.columns().to_vec())?;
+        Ok(Some(ChangeBatch { rows, weights, origin: self.origin(&both) }))
+    }
+
+    /// Stores the state rows of the slots.
+    fn replace(&mut self, rows: RecordBatch, slots: &[u32]) -> Result<()> {
+        for slot in slots {
+            let at = self.at[*slot as usize];
+            if !at.is_vacant() {
+                self.chunks.release(at);
+            }
+            if !std::mem::replace(&mut self.is_dirty[*slot as usize], true) {
+                self.dirty.push(*slot);
+            }
+        }
+        self.chunks.add(rows, slots, &mut self.at)?;
+        self.chunks.settle(&mut self.at)
+    }
+
+    /// State rows touched since the last snapshot, or all of them; `None` when there are none.
+    ///
+    /// # Errors
+    /// Internal, from arrow.
+    pub fn snapshot(&mut self, full: bool) -> Result<Option<RecordBatch>> {
+        let dirty = std::mem::take(&mut self.dirty);
+        dirty.iter().for_each(|slot| self.is_dirty[*slot as usize] = false);
+        let slots = if full { (0..self.at.len() as u32).collect() } else { dirty };
+        if slots.is_empty() {
+            return Ok(None);
+        }
+        self.chunks.gather(slots.iter().map(|slot| self.at[*slot as usize])).map(Some)
+    }
+
+    /// Key columns of a snapshot.
+    pub fn key_columns(&self, snapshot: &RecordBatch) -> Vec<ArrayRef> {
+        snapshot.columns()[..self.spec.keys.len()].to_vec()
+    }
+
+    /// Puts back what snapshots hold; later batches win.
+    ///
+    /// # Errors
+    /// External: the snapshot has another layout, as that of another version or of other SQL.
+    pub fn restore(&mut self, batches: &[RecordBatch]) -> Result<()> {
+        for batch in batches {
+            let types =
+                |schema: &Schema| schema.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
+            if types(batch.schema_ref()) != types(&self.state) {
+                return Err(Error::external("a state file does not fit its GROUP BY").hint(
+                    "The SQL or the version has changed since it was written; begin a new state (--state, --name).",
+                ));
+            }
+            let rows = RecordBatch::try_new(Arc::clone(&self.state), batch.columns().to_vec())?;
+            let keys = self.key_columns(&rows);
+            self.intern(&keys, rows.num_rows())?;
+            // One row per key, as a snapshot has them.
+            let slots = std::mem::take(&mut self.slots);
+            self.replace(rows, &slots)?;
+            self.slots = slots;
+        }
+        for slot in std::mem::take(&mut self.dirty) {
+            self.is_dirty[slot as usize] = false;
+        }
+        Ok(())
+    }
+}
+
+fn accumulator(function: &Arc<AggregateFunctionExpr>) -> Result<Box<dyn GroupsAccumulator>> {
+    if function.groups_accumulator_supported() {
+        return Ok(function.create_groups_accumulator()?);
+    }
+    let function = Arc::clone(function);
+    Ok(Box::new(GroupsAccumulatorAdapter::new(move || function.create_accumulator())))
+}
+
+fn typed(column: ArrayRef, wanted: &DataType) -> Result<ArrayRef> {
+    if column.data_type() == wanted { Ok(column) } else { Ok(cast(&column, wanted)?) }
+}
