@@ -10,6 +10,7 @@
 
 mod case;
 mod faults;
+mod groups;
 mod layout;
 mod online;
 mod pipeline;

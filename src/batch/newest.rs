@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, RecordBatch, UInt32Array};
+use arrow::array::{ArrayRef, AsArray, RecordBatch, UInt32Array};
 
 use crate::connectors::files;
 use crate::error::{Error, Result};
 use crate::plan::SinkPlan;
-use crate::state::files::decode;
+use crate::state::files::{DELETED, decode};
 use crate::state::keys::{KEY_GROUPS, KeyIndex, hash_keys};
 use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
@@ -38,6 +38,8 @@ pub async fn read(sink: &SinkPlan, state: &str) -> Result<Vec<RecordBatch>> {
             seen.intern(&keys, &hashes, &mut slots)?;
             // A file holds a key once, so a new slot is a new key.
             let new = slots.iter().enumerate().filter(|(_, slot)| **slot >= known).map(|(row, _)| row as u32);
+            let deleted = batch.column_by_name(DELETED).and_then(|column| column.as_boolean_opt());
+            let new = new.filter(|row| deleted.is_none_or(|deleted| !deleted.value(*row as usize)));
             let new = UInt32Array::from_iter_values(new);
             let columns = RecordBatch::try_new(Arc::clone(&sink.schema), batch.columns()[..width].to_vec())?;
             rows.push(arrow::compute::take_record_batch(&columns, &new)?);

@@ -3,7 +3,11 @@
 //! # Meaning
 //! After each batch the operator says what changed: for each key touched, the row that no longer holds (weight −1)
 //! and the one that holds now (+1); nothing for a key whose row stayed the same. Accumulated, that is the batch answer
-//! over all rows pushed, however they were cut. Rows never close: there is no `final` here.
+//! over all rows pushed, however they were cut: the emission `changes`. Rows never close: there is no `final` here.
+//!
+//! The emission `latest` is the row that holds now of *every* key touched, changed or not: an online store may still
+//! show what an earlier run of the same input wrote in between, when it was cut otherwise. For the same reason a HAVING
+//! above turns such a row into a deletion and never drops it.
 //!
 //! The order key of a row is the greatest (event time, place, offset) of the rows that made it, so it never falls.
 //!
@@ -58,9 +62,29 @@ pub struct GroupSpec {
     pub input: SchemaRef,
     pub keys: Vec<usize>,
     pub calls: Vec<Aggregate>,
+    pub want_changes: bool,
+    pub want_latest: bool,
+}
+
+/// What a batch did, in the emissions that are wanted.
+#[derive(Debug, Default)]
+pub struct Pushed {
+    pub changes: Option<ChangeBatch>,
+    pub latest: Option<ChangeBatch>,
 }
 
 impl GroupSpec {
+    /// Whether the other one has the same state.
+    pub fn same(&self, other: &Self) -> bool {
+        let calls = |(a, b): (&Aggregate, &Aggregate)| {
+            a.function == b.function && a.arguments == b.arguments && a.filter == b.filter
+        };
+        self.input == other.input
+            && self.keys == other.keys
+            && self.calls.len() == other.calls.len()
+            && self.calls.iter().zip(&other.calls).all(calls)
+    }
+
     /// Key columns, then one per aggregate.
     pub fn output(&self) -> SchemaRef {
         let keys = self.keys.iter().map(|key| Arc::clone(&self.input.fields()[*key]));
@@ -140,16 +164,16 @@ impl Group {
         self.index.is_empty()
     }
 
-    /// Takes rows in; returns what changed, `None` when nothing did.
+    /// Takes rows in; returns what they did.
     ///
     /// # Errors
     /// User: an aggregate overflowed. Internal: rows with weights.
-    pub fn push(&mut self, batch: &ChangeBatch) -> Result<Option<ChangeBatch>> {
+    pub fn push(&mut self, batch: &ChangeBatch) -> Result<Pushed> {
         if batch.weights.is_some() {
             return Err(Error::internal("a GROUP BY was given rows with weights"));
         }
         if batch.num_rows() == 0 {
-            return Ok(None);
+            return Ok(Pushed::default());
         }
         let keys: Vec<ArrayRef> =
             self.spec.keys.iter().map(|key| Arc::clone(batch.rows.column(*key))).collect();
@@ -157,9 +181,10 @@ impl Group {
         let (groups, touched, known) = self.localise();
         let prior = self.chunks.gather(touched[..known].iter().map(|slot| self.at[*slot as usize]))?;
         let next = self.next_rows(batch, &groups, &touched, &prior)?;
-        let changes = self.changes(&prior, &next)?;
+        let changes = if self.spec.want_changes { self.changes(&prior, &next)? } else { None };
+        let latest = self.spec.want_latest.then(|| self.outputs(&next, None)).transpose()?;
         self.replace(next, &touched)?;
-        Ok(changes)
+        Ok(Pushed { changes, latest })
     }
 
     fn intern(&mut self, keys: &[ArrayRef], rows: usize) -> Result<()> {
@@ -275,10 +300,15 @@ impl Group {
         }
         let both = concat_batches(&self.state, [&old, &new])?;
         let weights = (0..both.num_rows()).map(|row| if row < old.num_rows() { -1 } else { 1 });
-        let width: Vec<usize> = (0..self.output.fields().len()).collect();
         let weights = (old.num_rows() > 0).then(|| Int64Array::from_iter_values(weights));
-        let rows = RecordBatch::try_new(Arc::clone(&self.output), both.project(&width)?.columns().to_vec())?;
-        Ok(Some(ChangeBatch { rows, weights, origin: self.origin(&both) }))
+        self.outputs(&both, weights).map(Some)
+    }
+
+    /// The output columns of state rows.
+    fn outputs(&self, state: &RecordBatch, weights: Option<Int64Array>) -> Result<ChangeBatch> {
+        let columns = state.columns()[..self.output.fields().len()].to_vec();
+        let rows = RecordBatch::try_new(Arc::clone(&self.output), columns)?;
+        Ok(ChangeBatch { rows, weights, origin: self.origin(state) })
     }
 
     /// Stores the state rows of the slots.

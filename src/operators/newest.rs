@@ -5,6 +5,10 @@
 //! order key replaces the kept one: it is the same row, evaluated again. So the content depends on the set of rows
 //! pushed, not on how they were cut or ordered. Rows with a NULL in a key column are counted and left out.
 //!
+//! A row with a negative weight takes its key's row away, unless the same batch has a new row for the key: the key is
+//! then *deleted*, and its deletion is dirty, written and acknowledged like a row. It is forgotten once the store has
+//! acknowledged it and a snapshot after that says so.
+//!
 //! A row is *dirty* from the push that put it there until [`Newest::acknowledge`] says that the online store has it.
 //! [`Newest::take_dirty`] hands out dirty rows that are not already under way; a row that was replaced while under
 //! way is handed out again, and acknowledging the older version changes nothing. A batch that could not be written
@@ -39,13 +43,14 @@ use arrow::compute::take_record_batch;
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 
 use crate::error::{Error, Result};
+use crate::state::files::DELETED;
 use crate::stream::{ChangeBatch, Micros, Origin};
 
 use super::slots::{Chunks, Pointer};
 use keys::{Keys, NO_SLOT};
 
 /// Names of the columns that [`Newest::snapshot`] adds behind the row's own.
-pub const SNAPSHOT_COLUMNS: [&str; 4] = ["__time", "__place", "__offset", "__dirty"];
+pub const SNAPSHOT_COLUMNS: [&str; 5] = ["__time", "__place", "__offset", "__dirty", DELETED];
 
 /// Time buckets per ttl.
 const BUCKETS_PER_TTL: i64 = 64;
@@ -53,7 +58,7 @@ const BUCKETS_PER_TTL: i64 = 64;
 /// Dirty rows on their way to the online store.
 #[derive(Debug, Clone)]
 pub struct DirtyBatch {
-    /// Which slots the rows came from, one per row.
+    /// Which slots the rows, then the deleted rows came from.
     pub slots: Vec<u32>,
     /// The version of each slot's row when it was taken.
     pub versions: Vec<u32>,
@@ -61,6 +66,8 @@ pub struct DirtyBatch {
     pub times: Vec<Micros>,
     /// One row per key.
     pub rows: RecordBatch,
+    /// The last rows of keys that are deleted.
+    pub deletes: Option<RecordBatch>,
     /// Event time + ttl in ms since the epoch, rounded down; `None` without a ttl.
     pub expire_at_ms: Option<Int64Array>,
 }
@@ -69,7 +76,14 @@ impl DirtyBatch {
     /// No rows, for a flush that only says how far the stream was read.
     pub fn empty(schema: &SchemaRef) -> Self {
         let rows = RecordBatch::new_empty(schema.clone());
-        Self { slots: Vec::new(), versions: Vec::new(), times: Vec::new(), rows, expire_at_ms: None }
+        Self {
+            slots: Vec::new(),
+            versions: Vec::new(),
+            times: Vec::new(),
+            rows,
+            deletes: None,
+            expire_at_ms: None,
+        }
     }
 }
 
@@ -83,6 +97,8 @@ struct Slot {
     version: u32,
     /// The online store does not have this row yet.
     dirty: bool,
+    /// The key has no row any more; the one kept says which key it was.
+    deleted: bool,
     /// In the queue of rows to be taken; at most once.
     queued: bool,
     /// In the list of slots for the next snapshot; at most once.
@@ -133,7 +149,9 @@ impl Newest {
         for name in &SNAPSHOT_COLUMNS[..3] {
             fields.push(Arc::new(Field::new(*name, DataType::Int64, false)));
         }
-        fields.push(Arc::new(Field::new(SNAPSHOT_COLUMNS[3], DataType::Boolean, false)));
+        for name in &SNAPSHOT_COLUMNS[3..] {
+            fields.push(Arc::new(Field::new(*name, DataType::Boolean, false)));
+        }
         let snapshot_schema = Arc::new(Schema::new(fields));
         let keys = Keys::new(key_columns.iter().map(|&column| schema.field(column).data_type()))?;
         Ok(Self {
@@ -161,7 +179,7 @@ impl Newest {
         &self.schema
     }
 
-    /// Keys held.
+    /// Keys held, those whose deletion is under way included.
     pub fn len(&self) -> usize {
         self.live
     }
@@ -183,13 +201,10 @@ impl Newest {
     /// Takes rows in; returns how many had a NULL in a key column and were left out.
     ///
     /// # Errors
-    /// Internal: a batch with negative weights (the newest row of a key cannot be taken back).
+    /// Internal, from arrow.
     pub fn push(&mut self, batch: &ChangeBatch) -> Result<usize> {
-        if batch.weights.as_ref().is_some_and(|weights| weights.values().iter().any(|&weight| weight < 0)) {
-            return Err(Error::internal("the table of newest rows was given a row with a negative weight"));
-        }
         let nulls = self.intern(&batch.rows)?;
-        let skip = |row: usize| batch.weights.as_ref().is_some_and(|weights| weights.value(row) == 0);
+        let skip = |row: usize| batch.weights.as_ref().is_some_and(|weights| weights.value(row) <= 0);
         for row in 0..batch.num_rows() {
             let slot = self.row_slots[row];
             if slot == NO_SLOT || skip(row) {
@@ -200,6 +215,9 @@ impl Newest {
                 self.replace(slot, row, order);
             }
         }
+        if let Some(weights) = &batch.weights {
+            self.take_away(batch, weights);
+        }
         let touched = self.place_touched(&batch.rows)?;
         for &slot in &touched {
             self.mark(slot, true, true);
@@ -207,6 +225,21 @@ impl Newest {
         self.touched = touched;
         self.touched.clear();
         Ok(nulls)
+    }
+
+    /// Deletes the keys of rows with negative weights that got no row from the batch in hand.
+    fn take_away(&mut self, batch: &ChangeBatch, weights: &Int64Array) {
+        for (row, weight) in weights.values().iter().enumerate() {
+            let slot = self.row_slots[row];
+            if *weight >= 0 || slot == NO_SLOT {
+                continue;
+            }
+            let (at, order) = (self.at[slot as usize], batch.origin.key(row));
+            if !at.is_pending() && (at.is_vacant() || order >= self.slots[slot as usize].order()) {
+                self.replace(slot, row, order);
+                self.slots[slot as usize].deleted = true;
+            }
+        }
     }
 
     /// Rows of the batch last pushed that had a NULL in a key column.
@@ -222,7 +255,7 @@ impl Newest {
     /// Internal: a batch whose columns are not those of a snapshot of this table.
     pub fn restore(&mut self, batches: &[RecordBatch]) -> Result<()> {
         for batch in batches {
-            let (rows, origin, dirty) = self.split_snapshot(batch)?;
+            let (rows, origin, dirty, deleted) = self.split_snapshot(batch)?;
             self.intern(&rows)?;
             for row in 0..rows.num_rows() {
                 let slot = self.row_slots[row];
@@ -231,6 +264,7 @@ impl Newest {
                     // Remembered in `queued` only until the rows are placed, when `mark` sets both properly.
                     self.set_clean(slot);
                     self.slots[slot as usize].queued = dirty.value(row);
+                    self.slots[slot as usize].deleted = deleted.value(row);
                 }
             }
             let touched = self.place_touched(&rows)?;
@@ -241,6 +275,8 @@ impl Newest {
             self.touched = touched;
             self.touched.clear();
         }
+        self.forget_deleted(&(0..self.slots.len() as u32).collect::<Vec<_>>());
+        self.chunks.settle(&mut self.at)?;
         self.rebuild_queue();
         Ok(())
     }
@@ -266,14 +302,19 @@ impl Newest {
         if slots.is_empty() {
             return Ok(None);
         }
+        slots.sort_by_key(|slot| self.slots[*slot as usize].deleted);
+        let living = slots.partition_point(|slot| !self.slots[*slot as usize].deleted);
+        let rows_of = |slots: &[u32]| self.chunks.gather(slots.iter().map(|&slot| self.at[slot as usize]));
+        let (rows, gone) = (rows_of(&slots[..living])?, rows_of(&slots[living..])?);
         let expire_at = |ttl: Micros| -> Int64Array {
             let expiry = |&slot: &u32| self.slots[slot as usize].time.saturating_add(ttl).div_euclid(1_000);
-            slots.iter().map(expiry).collect::<Vec<i64>>().into()
+            slots[..living].iter().map(expiry).collect::<Vec<i64>>().into()
         };
         Ok(Some(DirtyBatch {
-            times: slots.iter().map(|&slot| self.slots[slot as usize].time).collect(),
+            times: slots[..living].iter().map(|&slot| self.slots[slot as usize].time).collect(),
             versions: slots.iter().map(|&slot| self.slots[slot as usize].version).collect(),
-            rows: self.chunks.gather(slots.iter().map(|&slot| self.at[slot as usize]))?,
+            rows,
+            deletes: (gone.num_rows() > 0).then_some(gone),
             expire_at_ms: self.ttl.map(expire_at),
             slots,
         }))
@@ -284,6 +325,10 @@ impl Newest {
         for (&slot, &version) in batch.slots.iter().zip(&batch.versions) {
             if self.slots[slot as usize].version == version {
                 self.set_clean(slot);
+                if self.slots[slot as usize].deleted {
+                    // So that the next snapshot says so, and it can be forgotten.
+                    self.mark(slot, false, true);
+                }
             }
         }
     }
@@ -349,7 +394,10 @@ impl Newest {
                 slots.push(slot);
             }
         }
-        self.snapshot_of(&slots)
+        let snapshot = self.snapshot_of(&slots)?;
+        self.forget_deleted(&slots);
+        self.chunks.settle(&mut self.at)?;
+        Ok(snapshot)
     }
 
     /// All rows, as [`Newest::snapshot`] gives them; does not count as a snapshot.
@@ -361,6 +409,16 @@ impl Newest {
         self.snapshot_of(&(0..self.slots.len() as u32).filter(live).collect::<Vec<_>>())
     }
 
+    /// Drops the slots whose deletion the store has acknowledged.
+    fn forget_deleted(&mut self, slots: &[u32]) {
+        for &slot in slots {
+            let Slot { deleted, dirty, .. } = self.slots[slot as usize];
+            if deleted && !dirty && !self.at[slot as usize].is_vacant() {
+                self.drop_slot(slot);
+            }
+        }
+    }
+
     fn snapshot_of(&self, slots: &[u32]) -> Result<Option<RecordBatch>> {
         if slots.is_empty() {
             return Ok(None);
@@ -370,14 +428,21 @@ impl Newest {
             let values = slots.iter().map(|&slot| of(&self.slots[slot as usize]));
             Arc::new(Int64Array::from(values.collect::<Vec<_>>()))
         };
-        let dirty: Vec<bool> = slots.iter().map(|&slot| self.slots[slot as usize].dirty).collect();
+        let flag = |of: fn(&Slot) -> bool| -> ArrayRef {
+            let values = slots.iter().map(|&slot| of(&self.slots[slot as usize]));
+            Arc::new(BooleanArray::from(values.collect::<Vec<_>>()))
+        };
         let mut columns = rows.columns().to_vec();
         columns.extend([column(|s| s.time), column(|s| s.place), column(|s| s.offset)]);
-        columns.push(Arc::new(BooleanArray::from(dirty)));
+        columns.extend([flag(|s| s.dirty), flag(|s| s.deleted)]);
         Ok(Some(RecordBatch::try_new(self.snapshot_schema.clone(), columns)?))
     }
 
-    fn split_snapshot(&self, batch: &RecordBatch) -> Result<(RecordBatch, Origin, BooleanArray)> {
+    /// Rows, order keys, dirty and deleted marks.
+    fn split_snapshot(
+        &self,
+        batch: &RecordBatch,
+    ) -> Result<(RecordBatch, Origin, BooleanArray, BooleanArray)> {
         let wrong = || Error::internal("a snapshot of newest rows has other columns than its table");
         let types_of =
             |schema: &Schema| schema.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
@@ -388,7 +453,8 @@ impl Newest {
         let rows = RecordBatch::try_new(self.schema.clone(), batch.columns()[..width].to_vec())?;
         let int64 = |column: usize| batch.column(column).as_primitive::<Int64Type>().clone();
         let origin = Origin { time: int64(width), place: int64(width + 1), offset: int64(width + 2) };
-        Ok((rows, origin, batch.column(width + 3).as_boolean().clone()))
+        let flags = |column: usize| batch.column(column).as_boolean().clone();
+        Ok((rows, origin, flags(width + 3), flags(width + 4)))
     }
 
     /// Fills `row_slots`; returns the number of rows with a NULL key.
@@ -415,6 +481,7 @@ impl Newest {
             }
         }
         (state.time, state.place, state.offset) = order;
+        state.deleted = false;
         self.at[slot as usize] = Pointer::pending(row as u32);
     }
 
@@ -514,6 +581,7 @@ impl Newest {
 
     fn drop_slot(&mut self, slot: u32) {
         self.set_clean(slot);
+        self.slots[slot as usize].deleted = false;
         self.chunks.release(self.at[slot as usize]);
         self.at[slot as usize] = Pointer::VACANT;
         self.slots[slot as usize].version = self.slots[slot as usize].version.wrapping_add(1);

@@ -47,20 +47,27 @@ pub fn filter(
     batch: &ChangeBatch,
     failed: &mut Failed,
 ) -> Result<ChangeBatch> {
-    let keep = match truth(predicate, &batch.rows) {
-        Ok(keep) => keep,
-        Err(_) => {
-            let rows = batch.rows.num_rows();
-            let (kept, truths) = row_by_row(rows, failed, |row| truth(predicate, &batch.rows.slice(row, 1)));
-            let mut keep = vec![false; rows];
-            kept.values().iter().zip(&truths).for_each(|(row, truth)| keep[*row as usize] = truth.value(0));
-            BooleanArray::from(keep)
-        }
-    };
+    let keep = decide(predicate, batch, failed)?;
     if keep.true_count() == keep.len() {
         return Ok(batch.clone());
     }
     Ok(batch.filter(&keep)?)
+}
+
+/// As [`filter`], for the newest rows of keys: a row on which `predicate` is not true becomes a deletion of its key
+/// (weight −1), as its key may have had a row before.
+///
+/// # Errors
+/// Internal: the predicate is not Boolean.
+pub fn filter_newest(
+    predicate: &Arc<dyn PhysicalExpr>,
+    batch: &ChangeBatch,
+    failed: &mut Failed,
+) -> Result<ChangeBatch> {
+    let keep = decide(predicate, batch, failed)?;
+    let before = |row: usize| batch.weights.as_ref().map_or(1, |weights| weights.value(row));
+    let weights = (0..batch.num_rows()).map(|row| if keep.value(row) { before(row) } else { -1 });
+    Ok(ChangeBatch { weights: Some(weights.collect()), ..batch.clone() })
 }
 
 /// Evaluates expressions over a batch whose schema they were planned for.
@@ -78,6 +85,22 @@ pub fn evaluate(
         .collect::<datafusion::error::Result<Vec<_>>>()?;
     let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
     Ok(RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options)?)
+}
+
+/// On which rows the predicate is true; those on which it fails are reported and count as not true.
+fn decide(
+    predicate: &Arc<dyn PhysicalExpr>,
+    batch: &ChangeBatch,
+    failed: &mut Failed,
+) -> Result<BooleanArray> {
+    if let Ok(keep) = truth(predicate, &batch.rows) {
+        return Ok(keep);
+    }
+    let rows = batch.rows.num_rows();
+    let (kept, truths) = row_by_row(rows, failed, |row| truth(predicate, &batch.rows.slice(row, 1)));
+    let mut keep = vec![false; rows];
+    kept.values().iter().zip(&truths).for_each(|(row, truth)| keep[*row as usize] = truth.value(0));
+    Ok(keep.into())
 }
 
 fn truth(predicate: &Arc<dyn PhysicalExpr>, rows: &RecordBatch) -> Result<BooleanArray> {

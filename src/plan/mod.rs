@@ -6,11 +6,14 @@
 //!
 //! `Display` of a plan is what `EXPLAIN` and `millstream explain` print.
 
+mod group;
 pub mod lower;
+mod prepared;
 pub mod session;
 pub mod sinks;
 pub mod source;
 pub mod views;
+mod window;
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,6 +21,7 @@ use std::sync::Arc;
 use arrow::datatypes::SchemaRef;
 use datafusion::physical_plan::PhysicalExpr;
 
+use crate::operators::group::GroupSpec;
 use crate::operators::over::OverSpec;
 use crate::stream::Port;
 
@@ -52,6 +56,7 @@ pub enum NodeKind {
     Filter { predicate: Arc<dyn PhysicalExpr>, view: Arc<str> },
     Project { exprs: Vec<Arc<dyn PhysicalExpr>>, view: Arc<str> },
     Over(OverSpec),
+    Group(GroupSpec),
     Sink(SinkPlan),
 }
 
@@ -113,9 +118,26 @@ impl StreamPlan {
                 format!("Project: {}", pairs.join(", "))
             }
             NodeKind::Over(spec) => format!("Over: {}", describe_over(spec)),
+            NodeKind::Group(spec) => format!("Group: {}", describe_group(spec)),
             NodeKind::Sink(sink) => format!("Sink {}: {sink}", sink.name),
         }
     }
+}
+
+fn describe_group(spec: &GroupSpec) -> String {
+    let name = |column: usize| spec.input.field(column).name().as_str();
+    let keys: Vec<&str> = spec.keys.iter().map(|column| name(*column)).collect();
+    let calls: Vec<String> = spec
+        .calls
+        .iter()
+        .map(|call| {
+            let filter = call.filter.map(|column| format!(" filter {}", name(column))).unwrap_or_default();
+            let arguments: Vec<&str> = call.arguments.iter().map(|column| name(*column)).collect();
+            let distinct = if call.function.is_distinct() { "distinct " } else { "" };
+            format!("{}({distinct}{}){filter}", call.function.fun().name(), arguments.join(", "))
+        })
+        .collect();
+    format!("by {} [{}]", keys.join(", "), calls.join("; "))
 }
 
 fn describe_over(spec: &OverSpec) -> String {

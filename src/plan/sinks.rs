@@ -15,9 +15,11 @@ use crate::connectors::kafka::KafkaSinkConfig;
 #[cfg(feature = "redis")]
 use crate::connectors::redis::RedisConfig;
 use crate::error::{Error, Result};
+use crate::plan::group::contains_group;
 use crate::plan::lower::{Emission, Lowered, Lowering};
 use crate::plan::session::stream_session;
 use crate::plan::views::ViewPlanner;
+use crate::plan::window::contains_window;
 use crate::plan::{Edge, NodeKind, SourcePlan, StreamPlan};
 use crate::sql::options::Options;
 use crate::sql::{Catalog, CreateSink, SinkInput, interval};
@@ -167,26 +169,7 @@ fn add_sink(
     let placed = |error: Error| error.at(sink.place.clone());
     let mut options = sink.options.clone();
     let connector = options.required("connector").map_err(placed)?;
-    let default = match connector.as_str() {
-        "redis" | "memory" => Emission::Latest,
-        _ => Emission::Final,
-    };
-    let emission =
-        match options.choice("emission", &["final", "latest", "changes", "arrival"]).map_err(placed)? {
-            None => default,
-            Some(0) => Emission::Final,
-            Some(1) => Emission::Latest,
-            Some(_) => {
-                let message =
-                    format!("sink {}: the emissions 'changes' and 'arrival' cannot run yet", sink.name);
-                return Err(placed(Error::user(message).hint("Use 'final' or 'latest'.")));
-            }
-        };
-    if default == Emission::Latest && emission == Emission::Final {
-        let message = format!("sink {}: an online store takes the emission 'latest'", sink.name);
-        let place = options.place("emission").unwrap_or_else(|| sink.place.clone());
-        return Err(Error::user(message).hint("Leave the option emission out.").at(place));
-    }
+    let emission = emission(sink, &connector, &mut options, plan)?;
     let relation = source_of(sink, sources);
     let metadata =
         connector == "delta" && options.choice("metadata", &["all", "none"]).map_err(placed)? != Some(1);
@@ -201,14 +184,72 @@ fn add_sink(
     options.finish().map_err(placed)?;
     let key = key_columns(sink, &schema, &key)?;
     let online = matches!(kind, SinkKind::Online { .. });
-    let exchange =
-        if online || emission == Emission::Latest { online_exchange(sink, &lowered, &key)? } else { None };
-    let closes = lowered.keys.is_some();
+    let keyed = online || emission == Emission::Latest || lowered.updating && !key.is_empty();
+    let exchange = if keyed { online_exchange(sink, &lowered, &key)? } else { None };
+    let closes = lowered.keys.is_some() && !lowered.updating;
     let edge = Edge { from: lowered.node, port: lowered.port, exchange };
     let sink_plan =
         SinkPlan { name: sink.name.clone(), kind, emission, schema: Arc::clone(&schema), key, closes };
     lowering.add(sink.name.clone(), NodeKind::Sink(sink_plan), Some(edge), schema);
     Ok(())
+}
+
+/// Which rows the sink takes: what its option says, else what fits connector and view (DESIGN §3 *Emissions*).
+fn emission(
+    sink: &CreateSink,
+    connector: &str,
+    options: &mut Options,
+    plan: &LogicalPlan,
+) -> Result<Emission> {
+    let refused = |message: &str, hint: &str, option: &str| {
+        let place = sink.options.place(option).unwrap_or_else(|| sink.place.clone());
+        Err(Error::user(format!("sink {}: {message}", sink.name)).hint(hint).at(place))
+    };
+    let online = matches!(connector, "redis" | "memory");
+    let updating = contains_group(plan);
+    let mode = sink.options.shown("mode").unwrap_or_default();
+    let by_mode = matches!(mode.as_str(), "upsert" | "changelog");
+    if connector == "delta" && updating && !by_mode {
+        let hint =
+            "Write mode = 'upsert' with key = '…' (one row per key) or mode = 'changelog' (every change).";
+        return refused("rows of a GROUP BY change, so they cannot be appended", hint, "mode");
+    }
+    if connector == "delta" && by_mode && !updating {
+        let message = format!("mode = '{mode}' is for a view with GROUP BY; these rows never change");
+        return refused(&message, "Leave the option mode out.", "mode");
+    }
+    let default = match (online, updating) {
+        (true, _) => Emission::Latest,
+        (false, true) => Emission::Changes,
+        (false, false) => Emission::Final,
+    };
+    let wanted = match options.choice("emission", &["final", "latest", "changes", "arrival"])? {
+        None => default,
+        Some(0) => Emission::Final,
+        Some(1) => Emission::Latest,
+        Some(2) => Emission::Changes,
+        Some(_) => {
+            return refused("the emission 'arrival' cannot run yet", "Leave the option out.", "emission");
+        }
+    };
+    let hint = "Leave the option emission out.";
+    match (wanted, online, updating) {
+        (Emission::Final | Emission::Changes, true, _) => {
+            refused("an online store takes the emission 'latest'", hint, "emission")
+        }
+        (Emission::Final, false, true) => refused("rows of a GROUP BY are never final", hint, "emission"),
+        (Emission::Latest, false, true) => {
+            refused("only an online store takes the newest rows of a GROUP BY", hint, "emission")
+        }
+        (Emission::Changes, false, false) if contains_window(plan) => refused(
+            "the emission 'changes' of a window cannot run yet",
+            "Use 'final' or 'latest'.",
+            "emission",
+        ),
+        // Rows without a state below are the same in every emission.
+        (Emission::Changes, false, false) => Ok(Emission::Final),
+        (wanted, _, _) => Ok(wanted),
+    }
 }
 
 fn view_name(sink: &CreateSink) -> &str {
@@ -250,8 +291,10 @@ fn connector_of(
         "delta" => {
             let partition = options.place("partition_by").unwrap_or_else(|| sink.place.clone());
             let config = DeltaConfig::from_options(options).map_err(placed)?;
-            config.table_schema(schema).map_err(|error| error.at(partition))?;
-            Ok((SinkKind::Delta(config), Vec::new()))
+            let stored = config.stored_rows(schema).map_err(placed)?;
+            config.table_schema(&stored).map_err(|error| error.at(partition))?;
+            let key = config.mode.key().to_vec();
+            Ok((SinkKind::Delta(config), key))
         }
         #[cfg(feature = "redis")]
         "redis" => {
@@ -316,8 +359,9 @@ fn online_exchange(sink: &CreateSink, lowered: &Lowered, key: &[usize]) -> Resul
     window.sort_unstable();
     wanted.sort_unstable();
     if window.len() != keys.len() || window != wanted {
-        let message = format!("sink {}: its key is not the PARTITION BY of its view", sink.name);
-        let hint = "Use the columns of PARTITION BY as key, and keep them in the SELECT list.";
+        let clause = if lowered.updating { "GROUP BY" } else { "PARTITION BY" };
+        let message = format!("sink {}: its key is not the {clause} of its view", sink.name);
+        let hint = format!("Use the columns of {clause} as key, and keep them in the SELECT list.");
         return Err(placed(Error::user(message).hint(hint)));
     }
     Ok(None)
@@ -328,6 +372,7 @@ impl fmt::Display for SinkPlan {
         let emission = match self.emission {
             Emission::Final => "final",
             Emission::Latest => "latest",
+            Emission::Changes => "changes",
         };
         match &self.kind {
             #[cfg(feature = "delta")]

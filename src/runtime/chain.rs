@@ -10,7 +10,7 @@ use arrow::array::ArrayRef;
 use tokio::sync::mpsc::Sender;
 
 use crate::error::{Error, Result};
-use crate::operators::stateless::{Failed, filter, project};
+use crate::operators::stateless::{Failed, filter, filter_newest, project};
 use crate::plan::{NodeId, NodeKind, StreamPlan};
 use crate::runtime::letters;
 use crate::state::keys::{hash_keys, scatter};
@@ -79,6 +79,9 @@ impl Chain {
             }
             let mut failed = Failed::new();
             let (next, view) = match &plan.nodes[reader].kind {
+                NodeKind::Filter { predicate, view } if port == Port::Latest => {
+                    (filter_newest(predicate, batch, &mut failed)?, view)
+                }
                 NodeKind::Filter { predicate, view } => (filter(predicate, batch, &mut failed)?, view),
                 NodeKind::Project { exprs, view } => {
                     (project(exprs, &plan.nodes[reader].schema, batch, &mut failed)?, view)

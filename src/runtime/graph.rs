@@ -9,11 +9,13 @@ use tokio::sync::watch;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::DeltaWriter;
 use crate::error::{Error, Result};
+use crate::operators::group::{Group, GroupSpec};
 use crate::operators::newest::Newest;
 use crate::operators::over::Over;
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::RunOptions;
 use crate::runtime::chain::{Chain, Outlet};
+use crate::runtime::grouped::GroupTask;
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::{KeyedTask, Saver};
 use crate::runtime::online::{Fence, FlushState, OnlineTask};
@@ -77,6 +79,7 @@ pub async fn spawn(
     for (id, node) in plan.nodes.iter().enumerate() {
         match &node.kind {
             NodeKind::Over(_) => graph.spawn_over(id).await?,
+            NodeKind::Group(spec) => graph.spawn_group(id, spec).await?,
             NodeKind::Sink(sink) => graph.spawn_sink(id, sink).await?,
             _ => continue,
         }
@@ -166,6 +169,20 @@ impl Graph<'_> {
         Ok(())
     }
 
+    async fn spawn_group(&mut self, node: NodeId, spec: &GroupSpec) -> Result<()> {
+        let chains = self.chains(node);
+        let inboxes = self.inboxes.remove(&node).unwrap_or_default();
+        let rows = restore(self.world, &self.plan.nodes[node].id, "groups", self.parallelism).await?;
+        for (shard, (chain, receivers)) in chains.into_iter().zip(inboxes).enumerate() {
+            let mut group = Group::new(spec.clone())?;
+            group.restore(&rows.shards[shard])?;
+            let inbox = Inbox::new(receivers, START_OF_TIME);
+            let reports = self.reports.clone();
+            self.run(GroupTask { node, group, inbox, chain, reports, saver: self.saver(node, shard) }.run());
+        }
+        Ok(())
+    }
+
     async fn spawn_sink(&mut self, node: NodeId, sink: &SinkPlan) -> Result<()> {
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
         let restored = restore(self.world, &self.plan.nodes[node].id, "newest", self.parallelism).await?;
@@ -176,10 +193,12 @@ impl Graph<'_> {
                 #[cfg(feature = "delta")]
                 SinkKind::Delta(config) => {
                     let tag = format!("g{:08}-s{shard}", self.world.manifest.generation);
-                    let writer = DeltaWriter::new(config.clone(), &sink.schema, tag)?;
+                    let stored = config.stored_rows(&sink.schema)?;
+                    let writer = DeltaWriter::new(config.clone(), &stored, tag)?;
                     self.run(
                         crate::runtime::sinks::DeltaTask {
                             node,
+                            config: config.clone(),
                             writer,
                             epoch: self.world.manifest.epoch + 1,
                             inbox,

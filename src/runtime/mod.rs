@@ -7,6 +7,7 @@ pub mod chain;
 pub mod coordinator;
 pub mod freshness;
 mod graph;
+mod grouped;
 pub mod inbox;
 mod keyed;
 mod letters;

@@ -190,8 +190,11 @@ impl OnlineTask {
         };
         self.flushes.probe = false;
         self.flushes.number += 1;
-        let write =
-            OnlineWrite { rows: dirty.rows.clone(), expire_at_ms: dirty.expire_at_ms.clone(), deletes: None };
+        let write = OnlineWrite {
+            rows: dirty.rows.clone(),
+            expire_at_ms: dirty.expire_at_ms.clone(),
+            deletes: dirty.deletes.clone(),
+        };
         let consumed = &self.flushes.consumed;
         let done = self.store.flush(self.generation, self.shard, self.flushes.number, &write, consumed).await;
         match done {
@@ -200,7 +203,7 @@ impl OnlineTask {
                 (self.flushes.failures, self.flushes.retry_at) = (0, None);
                 Metrics::add(&self.metrics.served, dirty.slots.len() as u64);
                 self.metrics.freshness.record_all(self.clock.unix_micros(), &dirty.times);
-                if !dirty.slots.is_empty() {
+                if dirty.rows.num_rows() > 0 {
                     self.metrics.show(&dirty.rows);
                 }
                 Ok(())

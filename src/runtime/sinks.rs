@@ -6,7 +6,7 @@ use tokio::sync::mpsc::Sender;
 
 use crate::connectors::AppendSink;
 #[cfg(feature = "delta")]
-use crate::connectors::delta::DeltaWriter;
+use crate::connectors::delta::{DeltaConfig, DeltaWriter};
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
@@ -20,6 +20,7 @@ pub(super) fn coordinator_gone<E>(_: E) -> Error {
 #[cfg(feature = "delta")]
 pub struct DeltaTask {
     pub node: NodeId,
+    pub config: DeltaConfig,
     pub writer: DeltaWriter,
     /// The first epoch of this run, for the names of files.
     pub epoch: u64,
@@ -40,7 +41,7 @@ impl DeltaTask {
         loop {
             match self.inbox.next().await? {
                 Event::Changes { batch, .. } => {
-                    self.writer.write(&batch.rows)?;
+                    self.writer.write(&self.config.stored(&batch, epoch)?)?;
                     // Closed files leave the memory during the epoch.
                     if self.writer.wants_upload() {
                         self.writer.upload(epoch).await?;

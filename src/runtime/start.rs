@@ -223,7 +223,8 @@ pub async fn restore(world: &World, node: &str, kind: &str, shards: usize) -> Re
 
 /// Fingerprints of the nodes that have state.
 pub fn fingerprints(plan: &StreamPlan) -> BTreeMap<String, String> {
-    let stateful = |kind: &NodeKind| matches!(kind, NodeKind::Over(_) | NodeKind::Sink(_));
+    let stateful =
+        |kind: &NodeKind| matches!(kind, NodeKind::Over(_) | NodeKind::Group(_) | NodeKind::Sink(_));
     let nodes = plan.nodes.iter().enumerate().filter(|(_, node)| stateful(&node.kind));
     nodes.map(|(id, node)| (node.id.clone(), plan.fingerprint(id))).collect()
 }

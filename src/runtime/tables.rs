@@ -36,7 +36,8 @@ impl Tables {
         let ours = latest.map(|manifest| manifest.state_id.to_string());
         for (node, sink) in plan.sinks() {
             let SinkKind::Delta(config) = &sink.kind else { continue };
-            let (committer, table) = DeltaCommitter::open(config, &sink.schema, name, &sink.name).await?;
+            let stored = config.stored_rows(&sink.schema)?;
+            let (committer, table) = DeltaCommitter::open(config, &stored, name, &sink.name).await?;
             tables.newest = tables.newest.max(table.last_epoch.max(table.max_generation).unwrap_or(0));
             if !table.exists {
                 tables.missing.push(node);

@@ -29,6 +29,9 @@ use parquet::file::statistics::Statistics;
 use super::keys::{KEY_GROUPS, hash_bytes, key_group, mix};
 use crate::error::{Error, Result};
 
+/// A BOOLEAN column of keyed rows: the key has no row any more, this is the last that it had.
+pub const DELETED: &str = "__deleted";
+
 /// Name of the first column: the key group of the row.
 pub const GROUP_COLUMN: &str = "__group";
 /// Key of the format version in the file's metadata.

@@ -235,6 +235,8 @@ pub enum Port {
     Final,
     /// Per touched key its newest row (emission `latest`).
     Latest,
+    /// Every change, weighted (emission `changes`).
+    Changes,
 }
 
 impl fmt::Display for Port {
@@ -244,6 +246,7 @@ impl fmt::Display for Port {
             Self::OnTime => "on time",
             Self::Final => "final",
             Self::Latest => "latest",
+            Self::Changes => "changed",
         })
     }
 }

@@ -5,12 +5,13 @@
 
 use std::sync::Arc;
 
+use arrow::array::{ArrayRef, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 
 use super::partition::{Partitioning, Transform, parse_list};
 use crate::error::{Error, Result};
 use crate::sql::options::{Options, nearest};
-use crate::stream::timestamp_type;
+use crate::stream::{ChangeBatch, timestamp_type};
 
 /// Characters that a column name of a Delta table cannot have (without column mapping).
 const BAD_IN_NAMES: &[char] = &[' ', ',', ';', '{', '}', '(', ')', '\n', '\t', '='];
@@ -22,7 +23,32 @@ pub struct DeltaConfig {
     /// Bytes at which a file is closed within an epoch.
     pub target_file_size: usize,
     pub codec: Codec,
+    pub mode: Mode,
 }
+
+/// What an epoch does to the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Mode {
+    /// Adds rows.
+    Append,
+    /// Adds every change, with its weight (+1: holds from now on, −1: no longer) and the epoch that made it.
+    Changelog,
+    /// Keeps one row per key: replaces it, or takes it away.
+    Upsert { key: Vec<String> },
+}
+
+impl Mode {
+    /// The key columns; none without upsert.
+    pub fn key(&self) -> &[String] {
+        match self {
+            Self::Upsert { key } => key,
+            Self::Append | Self::Changelog => &[],
+        }
+    }
+}
+
+/// Columns that a changelog adds behind those of the rows.
+pub const CHANGELOG_COLUMNS: [&str; 2] = ["_weight", "_epoch"];
 
 /// How pages are compressed. Snappy is the default: the cheapest to write, and every reader knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,16 +80,19 @@ impl DeltaConfig {
             Some(1) => Codec::Zstd,
             Some(_) => Codec::None,
         };
-        match options.choice("mode", &["append", "upsert", "changelog"])? {
-            None | Some(0) => {}
-            Some(_) => {
-                let hint = "This version appends only; the other modes come with GROUP BY.";
-                return Err(
-                    Error::user(format!("{}: only mode = 'append' can run yet", options.owner())).hint(hint)
-                );
+        let mode = match options.choice("mode", &["append", "upsert", "changelog"])? {
+            None | Some(0) => Mode::Append,
+            Some(1) => {
+                let key = options.required("key")?;
+                Mode::Upsert { key: key.split(',').map(|column| column.trim().to_owned()).collect() }
             }
+            Some(_) => Mode::Changelog,
+        };
+        if matches!(mode, Mode::Upsert { .. }) && !partition_by.is_empty() {
+            return Err(Error::user("partition_by with mode = 'upsert' cannot run yet")
+                .hint("Leave partition_by out: a row whose partition changes would have to move."));
         }
-        Ok(Self { location, partition_by, target_file_size, codec })
+        Ok(Self { location, partition_by, target_file_size, codec, mode })
     }
 
     /// Columns of the table: those of the rows in the types that Delta knows, then the partition columns that are
@@ -98,6 +127,39 @@ impl DeltaConfig {
             return Err(Error::user(message).hint("Leave at least one column out."));
         }
         Ok(Arc::new(Schema::new(fields)))
+    }
+
+    /// The rows as the table gets them: a changelog adds [`CHANGELOG_COLUMNS`].
+    ///
+    /// # Errors
+    /// User: a column of the rows has the name of one that is added.
+    pub fn stored_rows(&self, rows: &SchemaRef) -> Result<SchemaRef> {
+        if self.mode != Mode::Changelog {
+            return Ok(Arc::clone(rows));
+        }
+        if let Some(taken) = CHANGELOG_COLUMNS.iter().find(|name| rows.column_with_name(name).is_some()) {
+            return Err(Error::user(format!("the column {taken} is one that mode = 'changelog' adds"))
+                .hint("Give the column of the view another name."));
+        }
+        let added = CHANGELOG_COLUMNS.map(|name| Arc::new(Field::new(name, DataType::Int64, false)));
+        let fields: Vec<FieldRef> = rows.fields().iter().cloned().chain(added).collect();
+        Ok(Arc::new(Schema::new(fields)))
+    }
+
+    /// The rows of a change as the table gets them.
+    ///
+    /// # Errors
+    /// Internal, from arrow.
+    pub fn stored(&self, batch: &ChangeBatch, epoch: u64) -> Result<RecordBatch> {
+        if self.mode != Mode::Changelog {
+            return Ok(batch.rows.clone());
+        }
+        let rows = batch.rows.num_rows();
+        let weights = batch.weights.clone().unwrap_or_else(|| Int64Array::from(vec![1; rows]));
+        let epochs = Int64Array::from(vec![i64::try_from(epoch).unwrap_or(i64::MAX); rows]);
+        let mut columns = batch.rows.columns().to_vec();
+        columns.extend([Arc::new(weights) as ArrayRef, Arc::new(epochs)]);
+        Ok(RecordBatch::try_new(self.stored_rows(&batch.rows.schema())?, columns)?)
     }
 
     /// Columns that `partition_by` adds to those of the rows: `SELECT *` leaves them out.

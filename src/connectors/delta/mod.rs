@@ -19,7 +19,7 @@ mod tests;
 use serde::{Deserialize, Serialize};
 
 pub use committer::{CommitProgress, Committed, DeltaCommitter, TableState};
-pub use config::DeltaConfig;
+pub use config::{DeltaConfig, Mode};
 pub use writer::DeltaWriter;
 
 /// A file that is uploaded and not yet part of the table.

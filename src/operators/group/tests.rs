@@ -66,7 +66,13 @@ fn spec(keys: &[usize]) -> GroupSpec {
             filter: filter.then_some(4),
         }
     };
-    GroupSpec { input: schema(), keys: keys.to_vec(), calls: CALLS.iter().enumerate().map(call).collect() }
+    GroupSpec {
+        input: schema(),
+        keys: keys.to_vec(),
+        calls: CALLS.iter().enumerate().map(call).collect(),
+        want_changes: true,
+        want_latest: true,
+    }
 }
 
 fn random(dice: &mut Dice, count: usize, first: i64) -> ChangeBatch {
@@ -108,6 +114,19 @@ fn add(bag: &mut Bag, rows: &RecordBatch, weights: Option<&Int64Array>) {
     }
 }
 
+/// Puts rows by their key columns.
+fn newest(store: &mut BTreeMap<String, String>, rows: Option<&ChangeBatch>, keys: usize) {
+    for batch in rows.into_iter() {
+        for row in 0..batch.num_rows() {
+            let mut one = Bag::new();
+            add(&mut one, &batch.rows.slice(row, 1), None);
+            let text = one.into_keys().next().unwrap();
+            let key = text.split('|').take(keys).collect::<Vec<_>>().join("|");
+            store.insert(key, text);
+        }
+    }
+}
+
 async fn expected(session: &SessionContext, batches: &[RecordBatch], keys: &[usize]) -> Bag {
     let whole = concat_batches(&schema(), batches).unwrap();
     session.deregister_table("t").unwrap();
@@ -138,11 +157,15 @@ async fn accumulated_changes_are_the_batch_answer() {
         let keys: &[usize] = [&[0][..], &[1], &[0, 1]][dice.roll(3) as usize];
         let mut group = Group::new(spec(keys)).unwrap();
         let (mut snapshots, mut bag, mut batches) = (Vec::new(), Bag::new(), Vec::new());
-        let mut saved: Option<(Bag, usize)> = None;
+        // The newest row per key, as an online store has it.
+        let mut latest: BTreeMap<String, String> = BTreeMap::new();
+        let mut saved: Option<(Bag, BTreeMap<String, String>, usize)> = None;
         for _ in 0..1 + dice.roll(12) {
             let count = dice.roll(40) as usize;
             let input = random(&mut dice, count, batches.len() as i64 * 100);
-            if let Some(out) = group.push(&input).unwrap() {
+            let pushed = group.push(&input).unwrap();
+            newest(&mut latest, pushed.latest.as_ref(), keys.len());
+            if let Some(out) = pushed.changes {
                 add(&mut bag, &out.rows, out.weights.as_ref());
             }
             batches.push(input.rows);
@@ -152,17 +175,19 @@ async fn accumulated_changes_are_the_batch_answer() {
                     snapshots.clear();
                 }
                 snapshots.extend(group.snapshot(full).unwrap());
-                saved = Some((bag.clone(), batches.len()));
+                saved = Some((bag.clone(), latest.clone(), batches.len()));
             }
             // A crash: what came after the last snapshot is lost and comes again.
             if dice.roll(5) == 0
-                && let Some((then, length)) = saved.clone()
+                && let Some((then, store, length)) = saved.clone()
             {
                 group = Group::new(spec(keys)).unwrap();
                 group.restore(&snapshots).unwrap();
-                bag = then;
+                (bag, latest) = (then, store);
                 batches.truncate(length);
             }
+            assert_eq!(latest.len(), bag.len(), "seed {seed}: latest");
+            assert!(latest.values().all(|row| bag.contains_key(row)), "seed {seed}: latest");
             assert!(bag.values().all(|count| *count == 1), "seed {seed}: {bag:?}");
             assert_eq!(bag, expected(&session, &batches, keys).await, "seed {seed}");
         }
@@ -183,10 +208,11 @@ fn nothing_is_said_of_rows_that_stay_the_same() {
         batch.rows = RecordBatch::try_new(schema(), columns).unwrap();
         batch
     };
-    let first = group.push(&input(true, 0)).unwrap().unwrap();
+    let first = group.push(&input(true, 0)).unwrap().changes.unwrap();
     assert!(first.weights.is_none() && first.rows.num_rows() == 1);
-    assert!(group.push(&input(false, 1)).unwrap().is_none());
-    let second = group.push(&input(true, 2)).unwrap().unwrap();
+    let same = group.push(&input(false, 1)).unwrap();
+    assert!(same.changes.is_none() && same.latest.unwrap().num_rows() == 1);
+    let second = group.push(&input(true, 2)).unwrap().changes.unwrap();
     assert_eq!(second.weights.unwrap().values().to_vec(), [-1, 1]);
     assert_eq!(second.origin.offset.values().to_vec(), [1, 2]);
     assert_eq!(group.len(), 1);

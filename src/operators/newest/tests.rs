@@ -1,6 +1,6 @@
 //! The oracle: a hash map of the newest row per key, against random pushes, flushes, losses and restarts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, Int64Array, RecordBatch, StringArray, StringViewArray};
@@ -263,12 +263,116 @@ fn rows_expire_by_watermark_within_a_64th_of_the_ttl() {
 }
 
 #[test]
-fn weights_of_zero_are_nothing_and_negative_ones_are_refused() {
+fn weights_of_zero_are_nothing_and_negative_ones_delete() {
     let mut newest = table(None);
     let mut changes = batch(&[one(1, (1, 0, 0), "a"), one(2, (1, 0, 1), "b")]);
     changes.weights = Some(Int64Array::from(vec![0, 1]));
     newest.push(&changes).unwrap();
     assert_eq!((newest.len(), newest.keys.len()), (1, 1));
     changes.weights = Some(Int64Array::from(vec![-1, 1]));
-    assert!(newest.push(&changes).is_err());
+    newest.push(&changes).unwrap();
+    let dirty = newest.take_dirty(10).unwrap().unwrap();
+    assert_eq!(content(&dirty.rows), [((2, String::new()), "b".to_owned())]);
+    assert_eq!(content(&dirty.deletes.unwrap()), [((1, String::new()), "a".to_owned())]);
+}
+
+/// Writes up to three dirty keys, or loses them on the way.
+fn flush(newest: &mut Newest, store: &mut BTreeMap<Key, String>, lost: bool) {
+    let Some(dirty) = newest.take_dirty(3).unwrap() else { return };
+    if lost {
+        return newest.give_back(&dirty);
+    }
+    store.extend(content(&dirty.rows));
+    for (key, _) in dirty.deletes.iter().flat_map(content) {
+        store.remove(&key);
+    }
+    newest.acknowledge(&dirty);
+}
+
+/// Puts and deletes of some of six users, as weighted rows, done to the model too.
+fn random_changes(
+    dice: &mut Dice,
+    order: Order,
+    model: &mut BTreeMap<Key, String>,
+    since: &mut BTreeSet<Key>,
+) -> (Vec<Row>, Vec<i64>) {
+    let (mut rows, mut weights) = (Vec::new(), Vec::new());
+    for user in 0..6 {
+        let key = (user, "EUR".to_owned());
+        let row = |value: String| Row { key: Some(key.clone()), order, value };
+        let old = model.get(&key).cloned();
+        let change = dice.roll(6);
+        if change > 1 || change == 1 && old.is_none() {
+            continue;
+        }
+        since.insert(key.clone());
+        model.remove(&key);
+        old.into_iter().for_each(|old| {
+            rows.push(row(old));
+            weights.push(-1);
+        });
+        if change == 0 {
+            let value = format!("{}/{}", order.0, dice.roll(1_000));
+            rows.push(row(value.clone()));
+            weights.push(1);
+            model.insert(key, value);
+        }
+    }
+    (rows, weights)
+}
+
+/// Random puts and deletes, a store that misses some flushes, and crashes: state and store end as the model.
+#[test]
+fn deletions_reach_the_store_and_survive_restarts() {
+    for seed in 0..300 {
+        let mut dice = Dice(seed);
+        let (mut newest, mut saved) = (table(None), Vec::new());
+        let mut model: BTreeMap<Key, String> = BTreeMap::new();
+        let mut store: BTreeMap<Key, String> = BTreeMap::new();
+        let mut then = model.clone();
+        // Keys touched since the snapshot: what the source would hand out again.
+        let mut since: BTreeSet<Key> = BTreeSet::new();
+        for round in 0..40 {
+            let order = (round as i64, 0, 0);
+            let (rows, weights) = random_changes(&mut dice, order, &mut model, &mut since);
+            let mut changes = batch(&rows);
+            changes.weights = Some(weights.into());
+            newest.push(&changes).unwrap();
+            flush(&mut newest, &mut store, dice.roll(3) == 0);
+            if dice.roll(4) == 0 {
+                saved.extend(newest.snapshot().unwrap());
+                if dice.roll(4) == 0 {
+                    saved = newest.full_snapshot().unwrap().into_iter().collect();
+                }
+                then = model.clone();
+                since.clear();
+            }
+            if dice.roll(8) == 0 {
+                // The store keeps what it got after the snapshot; those rows come again.
+                newest = table(None);
+                newest.restore(&saved).unwrap();
+                let lost: Vec<Key> = since.iter().cloned().collect();
+                let again = |key: &Key| Row {
+                    key: Some(key.clone()),
+                    order,
+                    value: then.get(key).cloned().unwrap_or_default(),
+                };
+                let mut changes = batch(&lost.iter().map(again).collect::<Vec<_>>());
+                changes.weights = Some(
+                    lost.iter()
+                        .map(|key| if then.contains_key(key) { 1 } else { -1 })
+                        .collect::<Vec<_>>()
+                        .into(),
+                );
+                newest.push(&changes).unwrap();
+                model = then.clone();
+            }
+        }
+        while newest.dirty_len() > 0 {
+            flush(&mut newest, &mut store, false);
+        }
+        assert_eq!(store, model, "seed {seed}");
+        newest.snapshot().unwrap();
+        assert_eq!(newest.len(), model.len(), "seed {seed}: deletions are forgotten");
+    }
 }

@@ -5,4 +5,6 @@ CREATE SOURCE s (
     WATERMARK FOR event_time AS event_time - INTERVAL '5 seconds'
 ) WITH (connector = 'kafka', bootstrap_servers = 'localhost:9092', topic = 't', format = 'json');
 
-CREATE SINK o AS SELECT DISTINCT user_id FROM s WITH (connector = 'blackhole');
+CREATE VIEW totals AS
+SELECT user_id, count(*) AS n FROM s GROUP BY user_id;
+CREATE SINK o FROM totals WITH (connector = 'delta', location = './t');

@@ -1,0 +1,71 @@
+//! The task of one shard of a GROUP BY: rows in, weighted changes out, touched keys saved at barriers.
+
+use tokio::sync::mpsc::Sender;
+
+use crate::error::{Error, Result};
+use crate::operators::group::{Group, Pushed};
+use crate::plan::NodeId;
+use crate::runtime::chain::{Chain, Outgoing};
+use crate::runtime::inbox::{Event, Inbox};
+use crate::runtime::keyed::{FULL_EVERY, Saver};
+use crate::runtime::report::{Report, StatePart};
+use crate::stream::{Message, Micros, Port, START_OF_TIME};
+
+pub struct GroupTask {
+    pub node: NodeId,
+    pub group: Group,
+    pub inbox: Inbox,
+    pub chain: Chain,
+    pub reports: Sender<Report>,
+    pub saver: Saver,
+}
+
+impl GroupTask {
+    /// Runs until the last barrier.
+    ///
+    /// # Errors
+    /// User: an aggregate overflowed. External: the state store failed. Internal: a task is gone.
+    pub async fn run(mut self) -> Result<()> {
+        let mut out = Outgoing::new();
+        let mut watermark = START_OF_TIME;
+        loop {
+            match self.inbox.next().await? {
+                Event::Changes { batch, reached } => {
+                    let Pushed { changes, latest } = self.group.push(&batch)?;
+                    for (port, rows) in [(Port::Changes, changes), (Port::Latest, latest)] {
+                        if let Some(rows) = rows {
+                            self.chain.run(self.node, port, &rows, &reached, &mut out)?;
+                        }
+                    }
+                }
+                Event::Watermark { time, reached } => {
+                    watermark = time;
+                    self.chain.broadcast(&Message::Watermark { time, reached }, &mut out);
+                }
+                Event::Barrier(barrier) => {
+                    self.save(barrier.epoch, watermark).await?;
+                    self.chain.broadcast(&Message::Barrier(barrier), &mut out);
+                    self.chain.flush(&mut out).await?;
+                    if barrier.last {
+                        return Ok(());
+                    }
+                }
+                Event::End => return Ok(()),
+            }
+            self.chain.flush(&mut out).await?;
+        }
+    }
+
+    async fn save(&mut self, epoch: u64, watermark: Micros) -> Result<()> {
+        let full = epoch.is_multiple_of(FULL_EVERY);
+        let mut files = Vec::new();
+        if let Some(rows) = self.group.snapshot(full)? {
+            let keys = self.group.key_columns(&rows);
+            files.push(self.saver.save("groups", epoch, &rows, &keys).await?);
+        }
+        let dead = std::mem::take(&mut self.chain.dead);
+        let part = StatePart { files, watermark, full, dead, ..StatePart::default() };
+        let report = Report::State { node: self.node, epoch, part };
+        self.reports.send(report).await.map_err(|_| Error::internal("the coordinator is gone"))
+    }
+}
