@@ -1,6 +1,7 @@
 //! GROUP BY through the binary: the number of transactions per user, to Redis, a changelog and an upserted table.
 
 use std::fs;
+use std::process::{Command, Stdio};
 
 use crate::case::{Case, Dice, services};
 
@@ -13,6 +14,10 @@ CREATE VIEW big_spenders AS
 SELECT user_id, sum(amount) AS amount FROM transactions GROUP BY user_id HAVING sum(amount) > 0;
 CREATE SINK totals_changes FROM user_totals
 WITH (connector = 'delta', location = '${LAKE}/totals_changes', mode = 'changelog');
+CREATE SINK totals_now FROM user_totals
+WITH (connector = 'delta', location = '${LAKE}/totals_now', mode = 'upsert', key = 'user_id');
+CREATE SINK spenders_now FROM big_spenders
+WITH (connector = 'delta', location = '${LAKE}/spenders_now', mode = 'upsert', key = 'user_id');
 CREATE SINK totals_serving FROM user_totals
 WITH (connector = 'redis', url = '${REDIS_URL}', key = 'user_id', prefix = 'TOPIC-total:');
 CREATE SINK spenders_serving FROM big_spenders
@@ -37,6 +42,7 @@ fn check(case: &Case) {
     let served = "SELECT user_id, total_transactions_count AS n, round(amount, 2) AS amount, last_at
                   FROM totals_serving ORDER BY user_id";
     assert_eq!(case.query(served), expected, "served");
+    assert_eq!(case.query(&served.replace("totals_serving", "totals_now")), expected, "upserted");
     let accumulated = "SELECT user_id, total_transactions_count AS n, round(amount, 2) AS amount, last_at
                        FROM totals_changes GROUP BY 1, 2, 3, 4 HAVING sum(_weight) <> 0 ORDER BY user_id";
     assert_eq!(case.query(accumulated), expected, "accumulated changes");
@@ -45,9 +51,10 @@ fn check(case: &Case) {
     assert_eq!(case.query(more), "n\n0\n", "one row per user holds");
     let spenders = "SELECT user_id, round(sum(amount), 2) AS amount FROM transactions_backup
                     GROUP BY user_id HAVING sum(amount) > 0 ORDER BY user_id";
-    let found =
-        case.query("SELECT user_id, round(amount, 2) AS amount FROM spenders_serving ORDER BY user_id");
-    assert_eq!(found, case.query(spenders), "who fell below HAVING is deleted");
+    for sink in ["spenders_serving", "spenders_now"] {
+        let sql = format!("SELECT user_id, round(amount, 2) AS amount FROM {sink} ORDER BY user_id");
+        assert_eq!(case.query(&sql), case.query(spenders), "{sink}: who fell below HAVING is deleted");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -59,6 +66,49 @@ async fn totals_per_user_are_the_batch_answer() {
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         check(&case);
     }
+}
+
+/// `dev` with two files: no service, and the totals are there.
+#[test]
+fn dev_keeps_totals_per_user() {
+    let folder = tempfile::tempdir().unwrap();
+    let sql = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("sql");
+    for name in ["transactions.sql", "transactions_producer.sql", "user_totals.sql"] {
+        fs::copy(sql.join(name), folder.path().join(name)).unwrap();
+    }
+    let command = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_millstream"));
+        command
+            .args(arguments)
+            .current_dir(folder.path())
+            .env("REDIS_URL", "redis://127.0.0.1:9")
+            .env_remove("LAKE");
+        command
+    };
+    let files = ["transactions.sql", "user_totals.sql"];
+    let dev =
+        command(&["dev", files[0], files[1]]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(8));
+    Command::new("kill").args(["-INT", &dev.id().to_string()]).status().unwrap();
+    let out = dev.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{said}");
+    let ask = |sql: &str| {
+        let state = "./.millstream/transactions-dev";
+        let arguments = ["query", files[0], files[1], "--state", state, "--format", "csv", "-c", sql];
+        let out = command(&arguments).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let columns = "user_id, total_transactions_count, round(total_amount, 2)";
+    let served = ask(&format!("SELECT {columns} FROM user_totals_serving ORDER BY user_id"));
+    let upserted = ask(&format!("SELECT {columns} FROM user_totals_table ORDER BY user_id"));
+    let backup =
+        "SELECT user_id, count(*), round(sum(amount), 2) FROM transactions_backup GROUP BY 1 ORDER BY 1";
+    let rows = |csv: &str| csv.lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    assert!(served.lines().count() > 1_000, "{said}");
+    assert_eq!(rows(&served), rows(&upserted));
+    assert_eq!(rows(&ask(backup)), rows(&served));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! `millstream dev`: everything embedded. An in-process Kafka, the producer pipeline beside the pipeline itself, a
 //! local lake, and a memory store where no Redis answers.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -113,16 +113,14 @@ async fn answers(url: &str) -> bool {
     matches!(tokio::time::timeout(Duration::from_millis(500), connect).await, Ok(Ok(_)))
 }
 
-/// The plan of `F_producer.sql` beside a single `F.sql`.
+/// The plan of the first `F_producer.sql` that lies beside an `F.sql`.
 async fn producer(files: &Files, brokers: &[(String, String)]) -> Result<Option<(StreamPlan, String)>> {
-    let [file] = &files.files[..] else { return Ok(None) };
-    let Some(stem) = file.file_stem().map(|stem| stem.to_string_lossy().into_owned()) else {
-        return Ok(None);
+    let beside = |file: &PathBuf| {
+        let stem = file.file_stem()?.to_string_lossy().into_owned();
+        let path = file.with_file_name(format!("{stem}_producer.sql"));
+        path.is_file().then_some((path, stem))
     };
-    let path: PathBuf = file.with_file_name(format!("{stem}_producer.sql"));
-    if !Path::new(&path).is_file() {
-        return Ok(None);
-    }
+    let Some((path, stem)) = files.files.iter().find_map(beside) else { return Ok(None) };
     let files = Files { files: vec![path], set: files.set.clone() };
     let plan = crate::plan::sinks::plan(&load_with(&files, brokers)?, &[]).await?;
     Ok(Some((plan, format!("{stem}_producer-dev"))))
@@ -132,7 +130,11 @@ async fn producer(files: &Files, brokers: &[(String, String)]) -> Result<Option<
 fn sinks(plan: &StreamPlan) -> Vec<(String, Option<String>)> {
     let readable = |sink: &SinkPlan| match &sink.kind {
         #[cfg(feature = "delta")]
-        SinkKind::Delta(config) => Some((sink.name.clone(), Some(config.location.clone()))),
+        SinkKind::Delta(config) => {
+            // The files of an upserted table hold rows that were replaced: not for readers of plain Parquet.
+            let plain = config.mode == crate::connectors::delta::Mode::Append;
+            Some((sink.name.clone(), plain.then(|| config.location.clone())))
+        }
         SinkKind::Online { .. } => Some((sink.name.clone(), None)),
         _ => None,
     };

@@ -52,6 +52,8 @@ struct Gathered {
     sources: Vec<SourceEpoch>,
     states: Vec<(NodeId, StatePart)>,
     prepared: Vec<(NodeId, Vec<PreparedFile>, Micros)>,
+    /// Dead letters of sinks that prepare files.
+    dead: Vec<DeadLetter>,
 }
 
 struct Coordinator {
@@ -191,7 +193,8 @@ impl Coordinator {
                 Some(Report::State { node, epoch: of, part }) if of == epoch => {
                     gathered.states.push((node, part))
                 }
-                Some(Report::Prepared { node, epoch: of, files, watermark }) if of == epoch => {
+                Some(Report::Prepared { node, epoch: of, files, watermark, mut dead }) if of == epoch => {
+                    gathered.dead.append(&mut dead);
                     gathered.prepared.push((node, files, watermark));
                 }
                 Some(Report::AtEnd { .. }) => self.ended += 1,
@@ -210,7 +213,7 @@ impl Coordinator {
         next.parallelism = self.options.parallelism;
         next.closed = close;
         next.fingerprints = fingerprints(&self.plan);
-        let mut dead: Vec<DeadLetter> = Vec::new();
+        let mut dead = std::mem::take(&mut gathered.dead);
         gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
         gathered.states.iter_mut().for_each(|(_, part)| dead.append(&mut part.dead));
         let (name, late) = self.fill_source(next, &gathered.sources);

@@ -7,7 +7,7 @@ use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::sync::watch;
 
 #[cfg(feature = "delta")]
-use crate::connectors::delta::DeltaWriter;
+use crate::connectors::delta::{DeltaConfig, DeltaWriter, Mode, upsert::Stager};
 use crate::error::{Error, Result};
 use crate::operators::group::{Group, GroupSpec};
 use crate::operators::newest::Newest;
@@ -21,8 +21,12 @@ use crate::runtime::keyed::{KeyedTask, Saver};
 use crate::runtime::online::{Fence, FlushState, OnlineTask};
 use crate::runtime::report::{Command, Metrics, Report};
 use crate::runtime::sinks::AppendTask;
+#[cfg(feature = "delta")]
+use crate::runtime::sinks::DeltaTask;
 use crate::runtime::source::{SourceState, SourceTask};
 use crate::runtime::start::{World, restore};
+#[cfg(feature = "delta")]
+use crate::runtime::upsert::UpsertTask;
 use crate::runtime::watermark::SourceClock;
 use crate::stream::clock::Clock;
 use crate::stream::{Message, Place, Positions, START_OF_TIME};
@@ -191,23 +195,7 @@ impl Graph<'_> {
             let (reports, metrics) = (self.reports.clone(), Arc::clone(&self.metrics));
             match &sink.kind {
                 #[cfg(feature = "delta")]
-                SinkKind::Delta(config) => {
-                    let tag = format!("g{:08}-s{shard}", self.world.manifest.generation);
-                    let stored = config.stored_rows(&sink.schema)?;
-                    let writer = DeltaWriter::new(config.clone(), &stored, tag)?;
-                    self.run(
-                        crate::runtime::sinks::DeltaTask {
-                            node,
-                            config: config.clone(),
-                            writer,
-                            epoch: self.world.manifest.epoch + 1,
-                            inbox,
-                            reports,
-                            metrics,
-                        }
-                        .run(),
-                    );
-                }
+                SinkKind::Delta(config) => self.spawn_table(node, shard, sink, config, inbox)?,
                 SinkKind::Online { ttl_micros, .. } => {
                     let mut newest = Newest::new(Arc::clone(&sink.schema), sink.key.clone(), *ttl_micros)?;
                     newest.restore(&restored.shards[shard])?;
@@ -241,6 +229,31 @@ impl Graph<'_> {
                 }
             }
         }
+        Ok(())
+    }
+
+    #[cfg(feature = "delta")]
+    fn spawn_table(
+        &self,
+        node: NodeId,
+        shard: usize,
+        sink: &SinkPlan,
+        config: &DeltaConfig,
+        inbox: Inbox,
+    ) -> Result<()> {
+        let (reports, metrics) = (self.reports.clone(), Arc::clone(&self.metrics));
+        let tag = format!("g{:08}-s{shard}", self.world.manifest.generation);
+        if let Mode::Upsert { .. } = config.mode {
+            let (key, topics) = (sink.key.clone(), self.world.source.topics());
+            let changes = Newest::new(Arc::clone(&sink.schema), key.clone(), None)?;
+            let stager = Stager::new(config, &sink.schema, tag)?;
+            let sink = sink.name.as_str().into();
+            self.run(UpsertTask { node, sink, topics, key, changes, stager, inbox, reports, metrics }.run());
+            return Ok(());
+        }
+        let writer = DeltaWriter::new(config.clone(), &config.stored_rows(&sink.schema)?, tag)?;
+        let (config, epoch) = (config.clone(), self.world.manifest.epoch + 1);
+        self.run(DeltaTask { node, config, writer, epoch, inbox, reports, metrics }.run());
         Ok(())
     }
 

@@ -21,6 +21,8 @@ mod tables;
 #[cfg(not(feature = "delta"))]
 #[path = "no_tables.rs"]
 mod tables;
+#[cfg(feature = "delta")]
+mod upsert;
 pub mod watermark;
 
 pub use coordinator::{Outcome, RunOptions, run};

@@ -24,6 +24,7 @@ pub enum Report {
         epoch: u64,
         files: Vec<PreparedFile>,
         watermark: Micros,
+        dead: Vec<DeadLetter>,
     },
     /// Every partition of a source shard was read to the end that was seen at start.
     AtEnd {

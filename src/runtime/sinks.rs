@@ -11,6 +11,8 @@ use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::report::{Metrics, Report, StatePart};
+#[cfg(feature = "delta")]
+use crate::state::manifest::PreparedFile;
 
 pub(super) fn coordinator_gone<E>(_: E) -> Error {
     Error::internal("the coordinator is gone")
@@ -52,15 +54,9 @@ impl DeltaTask {
                 Event::Barrier(barrier) => {
                     let prepared = self.writer.prepare(barrier.epoch).await?;
                     epoch = barrier.epoch + 1;
-                    let file =
-                        |f: crate::connectors::delta::PreparedFile| crate::state::manifest::PreparedFile {
-                            path: f.path,
-                            size: f.size,
-                            rows: f.rows,
-                            add: f.add,
-                        };
-                    let files = prepared.into_iter().map(file).collect();
-                    let report = Report::Prepared { node: self.node, epoch: barrier.epoch, files, watermark };
+                    let files = prepared.into_iter().map(PreparedFile::from).collect();
+                    let (node, epoch_done, dead) = (self.node, barrier.epoch, Vec::new());
+                    let report = Report::Prepared { node, epoch: epoch_done, files, watermark, dead };
                     self.reports.send(report).await.map_err(coordinator_gone)?;
                     if barrier.last {
                         return Ok(());
@@ -69,6 +65,13 @@ impl DeltaTask {
                 Event::End => return Ok(()),
             }
         }
+    }
+}
+
+#[cfg(feature = "delta")]
+impl From<crate::connectors::delta::PreparedFile> for PreparedFile {
+    fn from(file: crate::connectors::delta::PreparedFile) -> Self {
+        Self { path: file.path, size: file.size, rows: file.rows, add: file.add }
     }
 }
 

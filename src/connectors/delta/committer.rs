@@ -24,9 +24,10 @@ use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, path::Path};
 
 use super::PreparedFile;
-use super::config::DeltaConfig;
-use super::log::{commit_entry, create_entry, read_entry};
+use super::config::{DeltaConfig, Mode};
+use super::log::{commit_entry, create_entry, read_entry, transactions};
 use super::store::{failed, table};
+use super::upsert;
 use crate::connectors::files::{Located, open, probe};
 use crate::error::{Domain, Error, Result};
 use crate::stream::clock::Clock;
@@ -275,9 +276,14 @@ impl DeltaCommitter {
     ) -> Result<Committed> {
         let number = i64::try_from(epoch).map_err(|_| Error::internal("an epoch is out of range"))?;
         let entry = commit_entry(&self.app, number, files, progress, self.clock.unix_millis());
+        let merges = matches!(self.config.mode, Mode::Upsert { .. }) && !files.is_empty();
         let mut wait = FIRST_WAIT;
         for attempt in 1.. {
-            match self.attempt(epoch, number, &entry).await {
+            let tried = match merges {
+                true => self.merge(number, files, progress).await,
+                false => self.attempt(epoch, number, &entry).await,
+            };
+            match tried {
                 Ok(committed) => return Ok(committed),
                 Err(error) if self.gone || error.domain() != Domain::External || attempt >= ATTEMPTS => {
                     return Err(error);
@@ -291,6 +297,32 @@ impl DeltaCommitter {
             wait = (wait * 2).min(LONGEST_WAIT);
         }
         Err(Error::internal("a commit ran out of attempts"))
+    }
+
+    /// One MERGE of the staged files, on the table as it is now.
+    async fn merge(
+        &mut self,
+        number: i64,
+        files: &[PreparedFile],
+        progress: &CommitProgress,
+    ) -> Result<Committed> {
+        self.load_existing().await?;
+        let committed = if self.done(number)? {
+            Committed::AlreadyDone
+        } else {
+            let fail = |error: DeltaTableError| failed(&self.config.location, error);
+            let mut table = DeltaTable::new(self.log.clone());
+            table.load().await.map_err(fail)?;
+            let rows = upsert::staged(&self.located, &self.config.location, files).await?;
+            let transactions = transactions(&self.app, number, progress);
+            let version = upsert::merge(table, &self.config, rows, transactions).await?;
+            if let Some(tip) = &mut self.tip {
+                (tip.version, tip.epoch) = (version, Some(number));
+            }
+            Committed::Version(version)
+        };
+        upsert::clean(&self.located, files).await;
+        Ok(committed)
     }
 
     async fn attempt(&mut self, epoch: u64, number: i64, entry: &Bytes) -> Result<Committed> {

@@ -86,7 +86,8 @@ pub fn commit_entry(
     lines(std::iter::once(json!({ "commitInfo": info })).chain(transactions).chain(adds))
 }
 
-fn transactions(app: &str, epoch: i64, progress: &CommitProgress) -> Vec<(String, i64)> {
+/// What a commit says about progress, as (application, version).
+pub fn transactions(app: &str, epoch: i64, progress: &CommitProgress) -> Vec<(String, i64)> {
     let mut all = vec![(app.to_owned(), epoch)];
     let generation = progress.generation.and_then(|generation| i64::try_from(generation).ok());
     all.extend(generation.map(|generation| (format!("{app}/generation"), generation)));

@@ -11,6 +11,7 @@ pub mod partition;
 mod stats;
 pub mod store;
 pub mod table;
+pub mod upsert;
 pub mod writer;
 
 #[cfg(test)]
