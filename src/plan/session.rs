@@ -52,7 +52,7 @@ pub fn batch_session() -> Result<SessionContext> {
 }
 
 fn with_functions(session: SessionContext) -> Result<SessionContext> {
-    for function in millstream_udfs::all() {
+    for function in millstream_udfs::all()? {
         session.register_udf(function.as_ref().clone());
     }
     Ok(session)

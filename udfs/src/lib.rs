@@ -6,6 +6,7 @@
 //! | `day_of_year(x [, time_zone])` | `INT`, 1 to 366 | [`time`] |
 //! | `day_of_week(x [, time_zone])` | `INT`, ISO: Monday = 1 to Sunday = 7 | [`time`] |
 //! | `hour_of_day(x [, time_zone])` | `INT`, 0 to 23 | [`time`] |
+//! | `zip_lookup(zip, column)` | a fact about a ZIP code, of the column's type | [`zip`] |
 //!
 //! Every function is immutable (the same arguments always give the same answer: no clock, no session setting) and
 //! strict (a NULL argument gives NULL). The crate does no I/O and depends on DataFusion alone.
@@ -41,6 +42,7 @@
 //! ```
 
 pub mod time;
+pub mod zip;
 
 use std::sync::Arc;
 
@@ -53,14 +55,18 @@ use datafusion::logical_expr::registry::FunctionRegistry;
 /// # Errors
 /// If the registry is read-only.
 pub fn register_all(registry: &mut dyn FunctionRegistry) -> Result<()> {
-    for udf in all() {
+    for udf in all()? {
         registry.register_udf(udf)?;
     }
     Ok(())
 }
 
 /// Every function of this crate, for registries of other kinds (Ballista executors, serialisation codecs).
-#[must_use]
-pub fn all() -> Vec<Arc<ScalarUDF>> {
-    time::all()
+///
+/// # Errors
+/// Never for the data that ships with the crate.
+pub fn all() -> Result<Vec<Arc<ScalarUDF>>> {
+    let mut functions = time::all();
+    functions.extend(zip::all()?);
+    Ok(functions)
 }
