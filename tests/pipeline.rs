@@ -79,6 +79,34 @@ async fn ten_kills_and_three_parallelisms_change_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn scan_startup_begins_at_a_time_or_at_offsets() {
+    let Some(services) = services("scan_startup_begins_at_a_time_or_at_offsets") else { return };
+    let mut case = Case::new(services, "startup", None).await;
+    case.produce(500).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let millis = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as i64;
+    let time = chrono::DateTime::from_timestamp_millis(millis).unwrap().to_rfc3339();
+    case.produce(300).await;
+    let sql = fs::read_to_string(case.path("transactions.sql")).unwrap();
+    let (lake, state) = (case.lake.clone(), case.state.clone());
+    for (at, (startup, rows)) in
+        [(time.as_str(), 300), ("0:7, 3:2", 791), ("latest", 0)].into_iter().enumerate()
+    {
+        let option = format!("format = 'json', scan_startup = '{startup}'");
+        fs::write(case.path("transactions.sql"), sql.replace("format            = 'json'", &option)).unwrap();
+        (case.name, case.lake) = (format!("{}-{at}", case.topic), format!("{lake}-{at}"));
+        case.state = format!("{state}-{at}");
+        let log = case.finish("2");
+        assert!(log.contains(&format!("skipped={}", 800 - rows)), "{startup}: {log}");
+        assert_eq!(
+            case.query("SELECT count(*) AS n FROM transactions_backup"),
+            format!("n\n{rows}\n"),
+            "{startup}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_clean_stop_and_another_parallelism_go_on() {
     let Some(services) = services("a_clean_stop_and_another_parallelism_go_on") else { return };
     let mut case = Case::new(services, "stop", None).await;

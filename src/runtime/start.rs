@@ -187,7 +187,14 @@ async fn positions(
     partitions: &[PartitionInfo],
 ) -> Result<Positions> {
     let Some(progress) = manifest.sources.get(&plan.name).filter(|p| !p.partitions.is_empty()) else {
-        return source.start_positions(partitions).await;
+        let start = source.start_positions(partitions).await?;
+        let skipped =
+            |p: &PartitionInfo| start.get(Place::new(0, p.topic, p.partition)).unwrap_or(p.low) - p.low;
+        let skipped: i64 = partitions.iter().map(skipped).filter(|skipped| *skipped > 0).sum();
+        if skipped > 0 {
+            tracing::warn!(source = %plan.name, skipped, "records before scan_startup are not read");
+        }
+        return Ok(start);
     };
     let stored = progress.positions(0);
     let place = |p: &PartitionInfo| Place::new(0, p.topic, p.partition);

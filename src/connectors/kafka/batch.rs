@@ -93,6 +93,15 @@ impl BatchConsumer {
         self.consumer.client()
     }
 
+    /// The offsets of the first records that are not older than the times in the list.
+    pub fn offsets_for_times(
+        &self,
+        times: TopicPartitionList,
+        timeout: Duration,
+    ) -> KafkaResult<TopicPartitionList> {
+        self.consumer.offsets_for_times(times, timeout)
+    }
+
     pub fn context(&self) -> &Context {
         self.consumer.context()
     }

@@ -7,7 +7,7 @@ use arrow::datatypes::{Schema, SchemaRef};
 use rdkafka::config::ClientConfig;
 
 use super::{base_config, created};
-use crate::connectors::formats::OnError;
+use crate::connectors::formats::{OnError, timestamp_micros};
 use crate::error::{Error, Result};
 use crate::sql::options::{Options, Secret, nearest};
 use crate::stream::Positions;
@@ -94,13 +94,50 @@ impl KafkaSettings {
 }
 
 /// Where a pipeline without stored positions begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum ScanStartup {
     /// At the first record that the broker still holds.
     #[default]
     Earliest,
     /// Behind the last record.
     Latest,
+    /// At the first record of each partition whose timestamp (ms since the epoch) is not before this; behind the last
+    /// record where there is none.
+    Timestamp(i64),
+    /// At these offsets (partition, offset); partitions that are not named begin at their first record.
+    Offsets(Vec<(i32, i64)>),
+}
+
+impl ScanStartup {
+    /// `earliest`, `latest`, a timestamp, or offsets as `0:42, 1:300` or, as Flink writes them,
+    /// `partition:0,offset:42;partition:1,offset:300`.
+    fn parse(text: &str) -> Option<Self> {
+        let text = text.trim();
+        if text.eq_ignore_ascii_case("earliest") {
+            return Some(Self::Earliest);
+        }
+        if text.eq_ignore_ascii_case("latest") {
+            return Some(Self::Latest);
+        }
+        if let Some(micros) = timestamp_micros(text) {
+            return Some(Self::Timestamp(micros.div_euclid(1_000)));
+        }
+        let flink = text.starts_with("partition:");
+        let pair = |entry: &str| {
+            let entry = entry.trim();
+            let (partition, offset) = match flink {
+                true => entry.strip_prefix("partition:")?.split_once(",offset:")?,
+                false => entry.split_once(':')?,
+            };
+            let (partition, offset) = (partition.trim().parse().ok()?, offset.trim().parse().ok()?);
+            (partition >= 0 && offset >= 0).then_some((partition, offset))
+        };
+        let offsets: Vec<(i32, i64)> =
+            text.split(if flink { ';' } else { ',' }).map(pair).collect::<Option<_>>()?;
+        let twice =
+            (1..offsets.len()).any(|at| offsets[..at].iter().any(|(known, _)| *known == offsets[at].0));
+        (!twice).then_some(Self::Offsets(offsets))
+    }
 }
 
 /// Options of a Kafka source.
@@ -134,9 +171,20 @@ impl KafkaSourceConfig {
         let settings = KafkaSettings::from_options(options)?;
         let topic = options.required("topic")?;
         options.choice("format", &["json"])?;
-        let scan_startup = match options.choice("scan_startup", &["earliest", "latest"])? {
-            Some(1) => ScanStartup::Latest,
-            _ => ScanStartup::Earliest,
+        let place = options.place("scan_startup");
+        let scan_startup = match options.string("scan_startup")? {
+            None => ScanStartup::default(),
+            Some(text) => ScanStartup::parse(&text).ok_or_else(|| {
+                let message = format!("{}: scan_startup = '{text}' is not understood", options.owner());
+                let error = Error::user(message).hint(
+                    "Write 'earliest', 'latest', a timestamp such as '2026-01-31T12:00:00Z', or an offset per \
+                     partition such as '0:42, 1:300'.",
+                );
+                match place {
+                    Some(place) => error.at(place),
+                    None => error,
+                }
+            })?,
         };
         let on_error = OnError::from_options(options)?;
         let rows =

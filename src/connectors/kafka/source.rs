@@ -95,6 +95,36 @@ impl KafkaSource {
             })
     }
 
+    /// The first offset of each partition whose record is not older than `millis`; its end where there is none.
+    fn at_time(&self, millis: i64, partitions: &[PartitionInfo]) -> Result<impl Fn(&PartitionInfo) -> i64> {
+        let consumer = self.consumer()?;
+        let mut wanted = TopicPartitionList::new();
+        let failed = |error: KafkaError| {
+            unreachable(consumer.context(), &error)
+                .context(format!("offsets by time of topic {}", self.topic))
+        };
+        for info in partitions {
+            wanted
+                .add_partition_offset(&self.topic, info.partition, Offset::Offset(millis))
+                .map_err(failed)?;
+        }
+        let found = consumer.offsets_for_times(wanted, REACH_TIMEOUT).map_err(failed)?;
+        let offsets: Vec<(i32, i64)> = found
+            .elements_for_topic(&self.topic)
+            .into_iter()
+            .filter_map(|element| match element.offset() {
+                Offset::Offset(offset) => {
+                    Some((element.partition(), offset + self.base(element.partition())))
+                }
+                _ => None,
+            })
+            .collect();
+        Ok(move |info: &PartitionInfo| {
+            let at = offsets.iter().find(|(id, _)| *id == info.partition);
+            at.map_or(info.high, |(_, offset)| *offset)
+        })
+    }
+
     fn base(&self, partition: i32) -> i64 {
         self.config.offset_base.get(Place::new(0, 0, partition)).unwrap_or(0)
     }
@@ -154,11 +184,28 @@ impl SourceConnector for KafkaSource {
     }
 
     async fn start_positions(&self, partitions: &[PartitionInfo]) -> Result<Positions> {
-        let start = |info: &PartitionInfo| match self.config.scan_startup {
-            ScanStartup::Earliest => info.low,
-            ScanStartup::Latest => info.high,
+        let place = |info: &PartitionInfo| Place::new(0, info.topic, info.partition);
+        let start: &dyn Fn(&PartitionInfo) -> i64 = match &self.config.scan_startup {
+            ScanStartup::Earliest => &|info| info.low,
+            ScanStartup::Latest => &|info| info.high,
+            ScanStartup::Timestamp(millis) => {
+                let found = blocking(|| self.at_time(*millis, partitions))?;
+                return Ok(partitions.iter().map(|info| (place(info), found(info))).collect());
+            }
+            ScanStartup::Offsets(offsets) => {
+                let known = |id: i32| partitions.iter().any(|info| info.partition == id);
+                if let Some((id, _)) = offsets.iter().find(|(id, _)| !known(*id)) {
+                    let message =
+                        format!("scan_startup names partition {id}, which topic {} lacks", self.topic);
+                    return Err(Error::user(message).hint("Name partitions that the topic has."));
+                }
+                &|info| {
+                    let given = offsets.iter().find(|(id, _)| *id == info.partition);
+                    given.map_or(info.low, |(id, offset)| offset + self.base(*id))
+                }
+            }
         };
-        Ok(partitions.iter().map(|info| (Place::new(0, info.topic, info.partition), start(info))).collect())
+        Ok(partitions.iter().map(|info| (place(info), start(info))).collect())
     }
 
     async fn reader(&self, assigned: Positions) -> Result<Box<dyn SourceReader>> {

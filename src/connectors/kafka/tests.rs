@@ -413,7 +413,9 @@ fn options_are_checked_without_a_broker() {
     );
     let error = refused(&[("kafka.fetch.min.bytes", "many")]);
     assert!(error.starts_with("source s: librdkafka refuses kafka.fetch.min.bytes: "), "{error}");
-    assert!(refused(&[("scan_startup", "middle")]).contains("is not one of earliest, latest"));
+    assert!(refused(&[("scan_startup", "middle")]).contains("is not understood"));
+    assert!(refused(&[("scan_startup", "0:1, 0:2")]).contains("is not understood"));
+    assert!(refused(&[("scan_startup", "partition:0;offset:2")]).contains("is not understood"));
     assert!(refused(&[("max_batch_rows", "0")]).contains("max_batch_rows = '0'"));
     let plain = config("b:1", "t", &[("kafka.sasl.password", "hush")]);
     assert!(!format!("{plain:?}").contains("hush"));
