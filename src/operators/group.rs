@@ -15,7 +15,7 @@
 //! Per key one row: key columns, results, the partial states of the aggregates, the order key. Any aggregate of
 //! DataFusion works through its partial state (`notes/datafusion-55.md`, *Aggregates*): the batch is aggregated to
 //! partial states, merged with those of the keys touched, and the merged states are evaluated. A batch costs as much as
-//! its rows and the keys that it touches; other keys are not visited. Integer results are exact; sums of floats depend
+//! its rows and the keys that it touches; other keys are not visited. Keys are kept for ever. Integer results are exact; sums of floats depend
 //! on the order of additions in the last digits.
 //!
 //! # Snapshots

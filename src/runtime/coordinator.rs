@@ -22,6 +22,9 @@ use crate::state::manifest::{Manifest, PreparedFile, Segment, garbage_of};
 use crate::stream::clock::Clock;
 use crate::stream::{Barrier, DeadLetter, END_OF_TIME, Micros, START_OF_TIME};
 
+/// How long a stop waits for tasks after the last manifest.
+const FAREWELL: Duration = Duration::from_secs(15);
+
 /// How a pipeline is run.
 #[derive(Debug, Clone)]
 pub struct RunOptions {
@@ -162,14 +165,20 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Waits for what tasks do after the last manifest.
+    /// Waits for what tasks do after the last manifest; nothing that must not be lost is left by then.
     async fn farewell(&mut self) -> Result<()> {
-        while let Some(report) = self.tasks.reports.recv().await {
-            if let Report::Failed(error) = report {
-                return Err(error);
+        let ended = async {
+            while let Some(report) = self.tasks.reports.recv().await {
+                if let Report::Failed(error) = report {
+                    return Err(error);
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        };
+        tokio::time::timeout(FAREWELL, ended).await.unwrap_or_else(|_| {
+            tracing::warn!("a task does not end, probably as a server does not answer; leaving it behind");
+            Ok(())
+        })
     }
 
     /// Why a task is gone.

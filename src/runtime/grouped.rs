@@ -2,12 +2,12 @@
 
 use tokio::sync::mpsc::Sender;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::operators::group::{Group, Pushed};
 use crate::plan::NodeId;
 use crate::runtime::chain::{Chain, Outgoing};
 use crate::runtime::inbox::{Event, Inbox};
-use crate::runtime::keyed::{FULL_EVERY, Saver};
+use crate::runtime::keyed::{FULL_EVERY, Piece, Saver};
 use crate::runtime::report::{Report, StatePart};
 use crate::stream::{Message, Micros, Port, START_OF_TIME};
 
@@ -43,7 +43,7 @@ impl GroupTask {
                     self.chain.broadcast(&Message::Watermark { time, reached }, &mut out);
                 }
                 Event::Barrier(barrier) => {
-                    self.save(barrier.epoch, watermark).await?;
+                    self.save(barrier.epoch, watermark)?;
                     self.chain.broadcast(&Message::Barrier(barrier), &mut out);
                     self.chain.flush(&mut out).await?;
                     if barrier.last {
@@ -56,16 +56,13 @@ impl GroupTask {
         }
     }
 
-    async fn save(&mut self, epoch: u64, watermark: Micros) -> Result<()> {
+    fn save(&mut self, epoch: u64, watermark: Micros) -> Result<()> {
         let full = epoch.is_multiple_of(FULL_EVERY);
-        let mut files = Vec::new();
-        if let Some(rows) = self.group.snapshot(full)? {
-            let keys = self.group.key_columns(&rows);
-            files.push(self.saver.save("groups", epoch, &rows, &keys).await?);
-        }
+        let rows = self.group.snapshot(full)?;
+        let piece = rows.map(|rows| Piece { kind: "groups", keys: self.group.key_columns(&rows), rows });
         let dead = std::mem::take(&mut self.chain.dead);
-        let part = StatePart { files, watermark, full, dead, ..StatePart::default() };
-        let report = Report::State { node: self.node, epoch, part };
-        self.reports.send(report).await.map_err(|_| Error::internal("the coordinator is gone"))
+        let part = StatePart { watermark, full, dead, ..StatePart::default() };
+        self.saver.save_behind(self.node, epoch, piece.into_iter().collect(), part, &self.reports);
+        Ok(())
     }
 }

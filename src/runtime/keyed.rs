@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use arrow::array::RecordBatch;
+use arrow::array::{ArrayRef, RecordBatch};
 use tokio::sync::mpsc::Sender;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::operators::over::{Over, times_of};
 use crate::plan::NodeId;
 use crate::runtime::chain::{Chain, Outgoing};
 use crate::runtime::inbox::{Event, Inbox};
-use crate::runtime::report::{Report, StatePart};
+use crate::runtime::report::{Report, StatePart, behind};
 use crate::state::files::{encode, sort_by_group};
 use crate::state::keys::hash_keys;
 use crate::state::manifest::{StateFile, file_name};
@@ -29,17 +29,42 @@ pub struct Saver {
     pub shard: usize,
 }
 
+/// Rows of a state file to be written.
+pub struct Piece {
+    pub kind: &'static str,
+    pub rows: RecordBatch,
+    pub keys: Vec<ArrayRef>,
+}
+
 impl Saver {
+    /// Writes the state files of an epoch and reports the part, in the background.
+    pub fn save_behind(
+        &self,
+        node: NodeId,
+        epoch: u64,
+        pieces: Vec<Piece>,
+        mut part: StatePart,
+        reports: &Sender<Report>,
+    ) {
+        let saver = self.clone();
+        behind(reports, async move {
+            for Piece { kind, rows, keys } in pieces {
+                part.files.push(saver.save(kind, epoch, &rows, &keys).await?);
+            }
+            Ok(Report::State { node, epoch, part })
+        });
+    }
+
     /// Writes one state file.
     ///
     /// # Errors
     /// External: the state store failed.
-    pub async fn save(
+    async fn save(
         &self,
         kind: &str,
         epoch: u64,
         batch: &RecordBatch,
-        keys: &[arrow::array::ArrayRef],
+        keys: &[ArrayRef],
     ) -> Result<StateFile> {
         let mut hashes = Vec::new();
         hash_keys(keys, batch.num_rows(), &mut hashes)?;
@@ -95,7 +120,7 @@ impl KeyedTask {
                     self.chain.broadcast(&Message::Watermark { time, reached }, &mut out);
                 }
                 Event::Barrier(barrier) => {
-                    self.save(barrier.epoch).await?;
+                    self.save(barrier.epoch)?;
                     self.chain.broadcast(&Message::Barrier(barrier), &mut out);
                     self.chain.flush(&mut out).await?;
                     if barrier.last {
@@ -108,29 +133,27 @@ impl KeyedTask {
         }
     }
 
-    async fn save(&mut self, epoch: u64) -> Result<()> {
+    fn save(&mut self, epoch: u64) -> Result<()> {
         let full = epoch.is_multiple_of(FULL_EVERY);
         if full {
             self.over.mark_all_dirty();
         }
         let snapshot = self.over.snapshot()?;
-        let mut files = Vec::new();
+        let mut pieces = Vec::new();
         if let Some(rows) = snapshot.rows {
-            let keys = self.over.key_columns(&rows, true);
-            files.push(self.saver.save("rows", epoch, &rows, &keys).await?);
+            pieces.push(Piece { kind: "rows", keys: self.over.key_columns(&rows, true), rows });
         }
-        if let Some(keyed) = snapshot.keys {
-            let keys = self.over.key_columns(&keyed, false);
-            files.push(self.saver.save("keys", epoch, &keyed, &keys).await?);
+        if let Some(rows) = snapshot.keys {
+            pieces.push(Piece { kind: "keys", keys: self.over.key_columns(&rows, false), rows });
         }
         let part = StatePart {
-            files,
             watermark: self.over.watermark(),
             horizon: self.over.horizon(),
             full,
             dead: std::mem::take(&mut self.chain.dead),
+            ..StatePart::default()
         };
-        let report = Report::State { node: self.node, epoch, part };
-        self.reports.send(report).await.map_err(|_| Error::internal("the coordinator is gone"))
+        self.saver.save_behind(self.node, epoch, pieces, part, &self.reports);
+        Ok(())
     }
 }

@@ -19,15 +19,16 @@ use crate::error::{Error, Result};
 use crate::operators::newest::{DirtyBatch, Newest};
 use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
-use crate::runtime::keyed::{FULL_EVERY, Saver};
+use crate::runtime::keyed::{FULL_EVERY, Piece, Saver};
 use crate::runtime::letters;
 use crate::runtime::report::{Metrics, Report, StatePart};
-use crate::runtime::sinks::coordinator_gone;
 use crate::stream::clock::Clock;
 use crate::stream::{ChangeBatch, DeadLetter, END_OF_TIME, Micros, Positions, START_OF_TIME, Stage};
 
 /// Keys per flush: a few script calls.
 const FLUSH_KEYS: usize = 4_000;
+/// Events that a flush waits for at most while more keep arriving: a few hot keys must not wait for ever.
+const GATHER: usize = 32;
 /// How often a task that may not write looks whether it may again.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Failed writes in a row after which a stop no longer waits for the store.
@@ -77,6 +78,8 @@ pub struct FlushState {
     watermark: Micros,
     retry_at: Option<std::time::Instant>,
     failures: u32,
+    /// Events taken since the last flush although it was due.
+    gathered: usize,
     dead: Vec<DeadLetter>,
     /// An epoch has ended: even without rows, see that the store still has our fence.
     probe: bool,
@@ -104,8 +107,12 @@ impl OnlineTask {
             }
             let event = if self.may_flush() {
                 // Take what has already arrived, so that a key is written once for many rows.
-                match (self.newest.dirty_len() < FLUSH_KEYS).then(|| self.inbox.next().now_or_never()) {
-                    Some(Some(event)) => event?,
+                let room = self.newest.dirty_len() < FLUSH_KEYS && self.flushes.gathered < GATHER;
+                match room.then(|| self.inbox.next().now_or_never()) {
+                    Some(Some(event)) => {
+                        self.flushes.gathered += 1;
+                        event?
+                    }
                     _ => {
                         self.flush().await?;
                         continue;
@@ -132,7 +139,7 @@ impl OnlineTask {
                     if barrier.last {
                         self.drain().await?;
                     }
-                    self.save(barrier.epoch).await?;
+                    self.save(barrier.epoch)?;
                     if barrier.last {
                         return self.finish().await;
                     }
@@ -188,7 +195,7 @@ impl OnlineTask {
             None if self.flushes.probe => DirtyBatch::empty(self.newest.schema()),
             None => return Ok(()),
         };
-        self.flushes.probe = false;
+        (self.flushes.probe, self.flushes.gathered) = (false, 0);
         self.flushes.number += 1;
         let write = OnlineWrite {
             rows: dirty.rows.clone(),
@@ -321,25 +328,24 @@ impl OnlineTask {
         self.drain().await
     }
 
-    async fn save(&mut self, epoch: u64) -> Result<()> {
+    fn save(&mut self, epoch: u64) -> Result<()> {
         if self.flushes.watermark != START_OF_TIME && self.flushes.watermark != END_OF_TIME {
             self.newest.expire(self.flushes.watermark)?;
         }
         let full = epoch.is_multiple_of(FULL_EVERY);
         let changed = self.newest.snapshot()?;
         let rows = if full { self.newest.full_snapshot()? } else { changed };
-        let mut files = Vec::new();
-        if let Some(rows) = rows.filter(|rows| rows.num_rows() > 0) {
-            let keys: Vec<_> = self.key.iter().map(|key| Arc::clone(rows.column(*key))).collect();
-            files.push(self.saver.save("newest", epoch, &rows, &keys).await?);
-        }
+        let piece = rows.filter(|rows| rows.num_rows() > 0).map(|rows| {
+            let keys = self.key.iter().map(|key| Arc::clone(rows.column(*key))).collect();
+            Piece { kind: "newest", rows, keys }
+        });
         if self.fence == Fence::Lost {
             self.fence = Fence::Marked { epoch };
         }
         let dead = std::mem::take(&mut self.flushes.dead);
         Metrics::add(&self.metrics.dead, dead.len() as u64);
-        let part = StatePart { files, watermark: self.flushes.watermark, full, dead, ..StatePart::default() };
-        let report = Report::State { node: self.node, epoch, part };
-        self.reports.send(report).await.map_err(coordinator_gone)
+        let part = StatePart { watermark: self.flushes.watermark, full, dead, ..StatePart::default() };
+        self.saver.save_behind(self.node, epoch, piece.into_iter().collect(), part, &self.reports);
+        Ok(())
     }
 }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-use crate::error::Error;
+use tokio::sync::mpsc::Sender;
+
+use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::state::manifest::{Accounts, PartitionProgress, PreparedFile, StateFile};
 use crate::stream::{Barrier, DeadLetter, Micros};
@@ -56,6 +58,21 @@ pub struct SourceEpoch {
     pub late: Vec<(u16, i32, i64)>,
     pub dead: Vec<DeadLetter>,
     pub accounts: Accounts,
+}
+
+/// Does what ends in a report while the task goes on with the rows behind the barrier: a checkpoint must not delay them.
+/// One epoch is open at a time, so the work of the next one cannot overtake this one.
+pub fn behind(reports: &Sender<Report>, work: impl Future<Output = Result<Report>> + Send + 'static) {
+    let reports = reports.clone();
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the runtime spawns; the coordinator waits for the report"
+    )]
+    tokio::spawn(async move {
+        let report = work.await.unwrap_or_else(Report::Failed);
+        // Nobody listens any more when the pipeline is already going down.
+        reports.send(report).await.ok();
+    });
 }
 
 /// From the coordinator to a source shard.

@@ -10,7 +10,7 @@ use crate::connectors::delta::{DeltaConfig, DeltaWriter};
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
-use crate::runtime::report::{Metrics, Report, StatePart};
+use crate::runtime::report::{Metrics, Report, StatePart, behind};
 #[cfg(feature = "delta")]
 use crate::state::manifest::PreparedFile;
 
@@ -52,12 +52,14 @@ impl DeltaTask {
                 }
                 Event::Watermark { time, .. } => watermark = time,
                 Event::Barrier(barrier) => {
-                    let prepared = self.writer.prepare(barrier.epoch).await?;
+                    let prepared = self.writer.prepare(barrier.epoch)?;
                     epoch = barrier.epoch + 1;
-                    let files = prepared.into_iter().map(PreparedFile::from).collect();
-                    let (node, epoch_done, dead) = (self.node, barrier.epoch, Vec::new());
-                    let report = Report::Prepared { node, epoch: epoch_done, files, watermark, dead };
-                    self.reports.send(report).await.map_err(coordinator_gone)?;
+                    let node = self.node;
+                    behind(&self.reports, async move {
+                        let files = prepared.await?.into_iter().map(PreparedFile::from).collect();
+                        let dead = Vec::new();
+                        Ok(Report::Prepared { node, epoch: barrier.epoch, files, watermark, dead })
+                    });
                     if barrier.last {
                         return Ok(());
                     }

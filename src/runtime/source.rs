@@ -291,6 +291,9 @@ impl SourceTask {
             batch.timestamp.is_valid(row) && times.value(row) > bound
         };
         let rows = 0..batch.rows.num_rows();
+        if times.null_count() == 0 && !rows.clone().any(future) {
+            return Ok(batch);
+        }
         let nulls: Vec<Option<String>> =
             rows.clone().map(|row| times.is_null(row).then(|| "the event time is NULL".to_owned())).collect();
         let ahead = |row: usize| {
@@ -299,10 +302,6 @@ impl SourceTask {
                 .then(|| format!("the event time is more than {days} day(s) after the record's timestamp"))
         };
         let ahead: Vec<Option<String>> = rows.map(ahead).collect();
-        let any_null = nulls.iter().any(Option::is_some);
-        if !any_null && !ahead.iter().any(Option::is_some) {
-            return Ok(batch);
-        }
         let kept: Vec<Option<String>> = ahead
             .into_iter()
             .zip(&nulls)

@@ -8,7 +8,7 @@ use arrow::datatypes::{DataType, Date32Type, Int32Type, TimestampMicrosecondType
 use arrow::util::display::{ArrayFormatter, FormatOptions};
 
 use crate::error::{Error, Result};
-use crate::stream::timestamp_type;
+use crate::stream::{civil, timestamp_type};
 
 const DAY: i64 = 86_400_000_000;
 const HOUR: i64 = 3_600_000_000;
@@ -70,7 +70,7 @@ impl Partitioning {
         if column.data_type() == &DataType::Date32 {
             let days = column.as_primitive::<Date32Type>();
             return Ok(match self.transform {
-                Transform::Year => Arc::new(days.unary::<_, Int32Type>(|day| civil(day.into()).0)),
+                Transform::Year => Arc::new(days.unary::<_, Int32Type>(|day| civil(day.into()).0 as i32)),
                 Transform::Month => Arc::new(days.unary::<_, Date32Type>(|day| first_of_month(day.into()))),
                 _ => Arc::clone(column),
             });
@@ -79,7 +79,7 @@ impl Partitioning {
         let micros = micros.as_primitive::<TimestampMicrosecondType>();
         let day = |t: i64| t.div_euclid(DAY);
         Ok(match self.transform {
-            Transform::Year => Arc::new(micros.unary::<_, Int32Type>(|t| civil(day(t)).0)),
+            Transform::Year => Arc::new(micros.unary::<_, Int32Type>(|t| civil(day(t)).0 as i32)),
             Transform::Month => Arc::new(micros.unary::<_, Date32Type>(|t| first_of_month(day(t)))),
             Transform::Day => {
                 let days: Date32Array = micros.unary(|t| day(t) as i32);
@@ -134,21 +134,6 @@ fn partitioning(text: &str) -> Result<Partitioning> {
 
 fn first_of_month(day: i64) -> i32 {
     (day - i64::from(civil(day).2) + 1) as i32
-}
-
-/// Year, month and day of a day number since 1970-01-01 (Howard Hinnant, *chrono-compatible low-level date
-/// algorithms*).
-pub fn civil(days: i64) -> (i32, u32, u32) {
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let of_era = shifted.rem_euclid(146_097);
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    (year as i32, month as u32, day as u32)
 }
 
 /// `2024-02-29`.

@@ -67,7 +67,7 @@ async fn reopened(config: &DeltaConfig) -> DeltaCommitter {
 async fn prepared(config: &DeltaConfig, epoch: u64, range: std::ops::Range<i64>) -> Vec<PreparedFile> {
     let mut writer = writer(config, 0);
     writer.write(&rows(range)).unwrap();
-    writer.prepare(epoch).await.unwrap()
+    writer.prepare(epoch).unwrap().await.unwrap()
 }
 
 async fn session(config: &DeltaConfig) -> SessionContext {

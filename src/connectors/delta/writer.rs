@@ -273,26 +273,42 @@ impl DeltaWriter {
     /// # Errors
     /// External: the store failed; nothing of the epoch may be committed then.
     pub async fn upload(&mut self, epoch: u64) -> Result<()> {
-        let closed = std::mem::take(&mut self.closed);
-        self.closed_bytes = 0;
-        let uploads = Arc::clone(&self.uploads);
-        let puts = closed.into_iter().map(|file| uploads.put(epoch, file));
-        let files: Vec<PreparedFile> = futures::stream::iter(puts).buffered(UPLOADS).try_collect().await?;
+        let files = self.take_closed(epoch).await?;
         self.uploaded.extend(files);
         Ok(())
     }
 
-    /// Closes and uploads everything written since the last call.
+    /// Uploads what is closed; the future does without the writer.
+    fn take_closed(&mut self, epoch: u64) -> impl Future<Output = Result<Vec<PreparedFile>>> + Send + use<> {
+        let closed = std::mem::take(&mut self.closed);
+        self.closed_bytes = 0;
+        let uploads = Arc::clone(&self.uploads);
+        async move {
+            let puts = closed.into_iter().map(|file| uploads.put(epoch, file));
+            futures::stream::iter(puts).buffered(UPLOADS).try_collect().await
+        }
+    }
+
+    /// Closes everything written since the last call. The future uploads it and gives all files of the epoch; it does
+    /// without the writer, which can take the rows of the next epoch meanwhile.
     ///
     /// # Errors
-    /// External: the store failed; nothing of the epoch may be committed then.
-    pub async fn prepare(&mut self, epoch: u64) -> Result<Vec<PreparedFile>> {
+    /// Internal: a file could not be closed. Of the future, external: the store failed; nothing of the epoch may be
+    /// committed then.
+    pub fn prepare(
+        &mut self,
+        epoch: u64,
+    ) -> Result<impl Future<Output = Result<Vec<PreparedFile>>> + Send + use<>> {
         while !self.open.is_empty() {
             self.close_largest()?;
         }
-        self.upload(epoch).await?;
+        let mut all = std::mem::take(&mut self.uploaded);
+        let rest = self.take_closed(epoch);
         self.number = 0;
-        Ok(std::mem::take(&mut self.uploaded))
+        Ok(async move {
+            all.extend(rest.await?);
+            Ok(all)
+        })
     }
 }
 

@@ -29,7 +29,7 @@ use serde_json::ser::{CompactFormatter, Formatter};
 use super::KEY_SEPARATOR;
 use super::script;
 use crate::error::{Error, Result};
-use crate::stream::Positions;
+use crate::stream::{Positions, civil};
 
 /// Whether values of a type can be written and read back.
 pub fn has_text_form(data_type: &DataType) -> bool {
@@ -222,25 +222,17 @@ fn digits<const N: usize>(out: &mut Vec<u8>, mut value: u32) {
     out.extend_from_slice(&text);
 }
 
-/// A date from days since 1970-01-01, after Howard Hinnant's `civil_from_days`.
+/// A date from days since 1970-01-01.
 fn date(out: &mut Vec<u8>, days: i64) {
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (year, month, day) = civil(days);
     match u32::try_from(year) {
         Ok(year @ 0..=9_999) => digits::<4>(out, year),
         _ => infallible(write!(out, "{year:+05}")),
     }
     out.push(b'-');
-    digits::<2>(out, month as u32);
+    digits::<2>(out, month);
     out.push(b'-');
-    digits::<2>(out, day as u32);
+    digits::<2>(out, day);
 }
 
 fn timestamp(out: &mut Vec<u8>, value: i64, per_second: i64) {

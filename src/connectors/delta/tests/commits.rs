@@ -32,7 +32,7 @@ async fn epochs_of_two_shards_are_committed_once() {
                 let start = (epoch as i64 * 2 + shard as i64) * 100;
                 writer.write(&rows(start..start + 60)).unwrap();
                 writer.write(&rows(start + 60..start + 100)).unwrap();
-                files.extend(writer.prepare(epoch).await.unwrap());
+                files.extend(writer.prepare(epoch).unwrap().await.unwrap());
             }
             assert!(committer.missing_files(&files).await.unwrap().is_empty());
             let progress = CommitProgress {

@@ -21,7 +21,7 @@ async fn write_all(config: &DeltaConfig, batches: &[RecordBatch]) -> Vec<Prepare
     committer.create("x").await.unwrap();
     let mut writer = DeltaWriter::new(config.clone(), &schema, "g1-s0".into()).unwrap();
     batches.iter().for_each(|batch| writer.write(batch).unwrap());
-    let files = writer.prepare(1).await.unwrap();
+    let files = writer.prepare(1).unwrap().await.unwrap();
     committer.commit(1, &files, &CommitProgress::default()).await.unwrap();
     files
 }
@@ -165,14 +165,14 @@ async fn many_partitions_and_small_files_lose_nothing() {
             writer.upload(1).await.unwrap();
         }
     }
-    let files = writer.prepare(1).await.unwrap();
+    let files = writer.prepare(1).unwrap().await.unwrap();
     assert_eq!(files.iter().map(|file| file.rows).sum::<u64>(), 30_000);
     assert!(
         files
             .iter()
             .all(|file| file.path.ends_with(".zstd.parquet") && file.path.contains("0000000001-g1-s0"))
     );
-    assert!(writer.prepare(2).await.unwrap().is_empty());
+    assert!(writer.prepare(2).unwrap().await.unwrap().is_empty());
     committer.commit(1, &files, &CommitProgress::default()).await.unwrap();
     let sql = "SELECT count(*) FROM (SELECT id FROM t WHERE k = id * 7919 % 300 GROUP BY id)";
     assert_eq!(number(&read(&config, sql).await), 30_000);
@@ -188,7 +188,7 @@ async fn a_full_file_is_rolled() {
     for part in 0..20 {
         writer.write(&rows(part * 2_000..(part + 1) * 2_000)).unwrap();
     }
-    let files = writer.prepare(1).await.unwrap();
+    let files = writer.prepare(1).unwrap().await.unwrap();
     assert!(files.len() > 3, "{} files", files.len());
     assert!(files.iter().all(|file| !file.path.contains('/') && file.size < 3 * (64 << 10)));
     assert_eq!(files.iter().map(|file| file.rows).sum::<u64>(), 40_000);
