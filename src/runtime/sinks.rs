@@ -10,7 +10,9 @@ use crate::connectors::delta::{DeltaConfig, DeltaWriter};
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
-use crate::runtime::report::{Metrics, Report, StatePart, behind};
+#[cfg(feature = "delta")]
+use crate::runtime::report::behind;
+use crate::runtime::report::{Metrics, Report, StatePart};
 #[cfg(feature = "delta")]
 use crate::state::manifest::PreparedFile;
 
