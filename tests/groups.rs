@@ -68,6 +68,45 @@ async fn totals_per_user_are_the_batch_answer() {
     }
 }
 
+/// Both sides of each transaction, as one view: rows of UNION ALL, a window and a GROUP BY over it.
+#[tokio::test(flavor = "multi_thread")]
+async fn union_all_is_the_batch_answer() {
+    let Some(services) = services("union_all_is_the_batch_answer") else { return };
+    let mut case = Case::new(services, "union_all", None).await;
+    let path = case.path("transactions.sql");
+    let sql = fs::read_to_string(&path).unwrap();
+    let union = "SELECT user_id AS account, event_time, amount FROM FROM_HERE WHERE amount < 5000
+                 UNION ALL SELECT counterpart_id, event_time, -amount FROM FROM_HERE
+                 UNION ALL SELECT user_id, event_time, amount FROM FROM_HERE WHERE amount < 5000";
+    let sums =
+        "SELECT account, event_time, count(*) OVER (PARTITION BY account ORDER BY event_time) AS n FROM";
+    let views = format!(
+        "CREATE VIEW sides AS {};
+         CREATE VIEW counted AS {sums} sides;
+         CREATE SINK sides_table FROM sides WITH (connector = 'delta', location = '${{LAKE}}/sides');
+         CREATE SINK counted_table FROM counted WITH (connector = 'delta', location = '${{LAKE}}/counted');
+         CREATE SINK totals AS SELECT account, count(*) AS n FROM sides GROUP BY account
+         WITH (connector = 'delta', location = '${{LAKE}}/totals', mode = 'upsert', key = 'account');",
+        union.replace("FROM_HERE", "transactions")
+    );
+    fs::write(path, format!("{}{views}", sql.split("CREATE VIEW").next().unwrap())).unwrap();
+    case.produce(3_000).await;
+    let out = case.run(&["--until-end", "--parallelism", "3", "--checkpoint", "200ms"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    case.produce(3_000).await;
+    case.finish("2");
+    let batch = union.replace("FROM_HERE", "transactions_backup");
+    let sides = |from: &str| {
+        format!("SELECT account, event_time, round(amount, 2) AS a FROM {from} ORDER BY 1, 2, 3")
+    };
+    assert_eq!(case.query(&sides("sides_table")), case.query(&sides(&format!("({batch})"))));
+    let counted = |from: &str| format!("SELECT account, event_time, n FROM {from} ORDER BY 1, 2, 3");
+    assert_eq!(case.query(&counted("counted_table")), case.query(&counted(&format!("({sums} ({batch}))"))));
+    let totals = |from: &str| format!("SELECT account, n FROM {from} ORDER BY account");
+    let expected = format!("(SELECT account, count(*) AS n FROM ({batch}) GROUP BY account)");
+    assert_eq!(case.query(&totals("totals")), case.query(&totals(&expected)));
+}
+
 /// `dev` with two files: no service, and the totals are there.
 #[test]
 fn dev_keeps_totals_per_user() {

@@ -97,13 +97,13 @@ impl Lowering<'_> {
         view: &str,
     ) -> Lowered {
         let same = self.plan.nodes.iter().position(|node| {
-            let edge =
-                node.input.as_ref().is_some_and(|edge| edge.from == input.node && edge.port == input.port);
+            let edge = node.inputs.iter().any(|edge| edge.from == input.node && edge.port == input.port);
             matches!(&node.kind, NodeKind::Group(other) if edge && other.same(&spec))
         });
         let keys = (0..spec.keys.len()).map(Some).collect();
         let node = same.unwrap_or_else(|| {
-            let edge = Edge { from: input.node, port: input.port, exchange: Some(spec.keys.clone()) };
+            let edge =
+                Edge { from: input.node, port: input.port, exchange: Some(spec.keys.clone()), branch: 0 };
             let output = spec.output();
             let renamed = output.fields().iter().zip(names).map(|(f, n)| f.as_ref().clone().with_name(n));
             let schema = Arc::new(Schema::new(renamed.collect::<Vec<Field>>()));
@@ -121,6 +121,7 @@ impl Lowering<'_> {
             keys: Some(keys),
             filtered_above_window: false,
             updating: true,
+            branches: input.branches,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use datafusion::logical_expr::{Distinct, Expr, LogicalPlan, Projection, TableScan};
+use datafusion::logical_expr::{Distinct, Expr, LogicalPlan, Projection, TableScan, Union};
 use datafusion::physical_plan::PhysicalExpr;
 use datafusion::physical_plan::expressions::{CastExpr, Column as PhysicalColumn};
 use datafusion::prelude::SessionContext;
@@ -38,6 +38,8 @@ pub struct Lowered {
     pub filtered_above_window: bool,
     /// Rows come with weights and never close: a GROUP BY stands below.
     pub updating: bool,
+    /// UNION branches that the rows come from; 1 without a UNION.
+    pub branches: u8,
 }
 
 /// Builds one [`StreamPlan`] from several sinks; equal OVER nodes are shared.
@@ -62,7 +64,11 @@ impl<'a> Lowering<'a> {
     }
 
     pub fn add(&mut self, id: String, kind: NodeKind, input: Option<Edge>, schema: SchemaRef) -> NodeId {
-        self.plan.nodes.push(Node { id, kind, input, schema });
+        self.add_union(id, kind, input.into_iter().collect(), schema)
+    }
+
+    fn add_union(&mut self, id: String, kind: NodeKind, inputs: Vec<Edge>, schema: SchemaRef) -> NodeId {
+        self.plan.nodes.push(Node { id, kind, inputs, schema });
         self.plan.nodes.len() - 1
     }
 
@@ -122,7 +128,7 @@ impl<'a> Lowering<'a> {
             ),
             LogicalPlan::Limit(_) => refuse("LIMIT", "LIMIT", "A stream has no first rows to stop after."),
             LogicalPlan::Join(_) => refuse("JOIN", "JOIN", later),
-            LogicalPlan::Union(_) => refuse("UNION", "UNION", later),
+            LogicalPlan::Union(union) => self.union(union, e, closes, view, at),
             LogicalPlan::Distinct(Distinct::All(input)) => self.distinct(input, e, view, at),
             LogicalPlan::Distinct(Distinct::On(_)) => refuse("DISTINCT ON", "DISTINCT", later),
             LogicalPlan::Unnest(_) => refuse("UNNEST", "UNNEST", later),
@@ -155,7 +161,15 @@ impl<'a> Lowering<'a> {
         };
         // Views that close by time ignore late rows, in every emission (DESIGN §3 *Late*).
         let port = if closes { Port::OnTime } else { Port::Accepted };
-        let source = Lowered { node, port, time, keys: None, filtered_above_window: false, updating: false };
+        let source = Lowered {
+            node,
+            port,
+            time,
+            keys: None,
+            filtered_above_window: false,
+            updating: false,
+            branches: 1,
+        };
         let Some(columns) = &scan.projection else { return Ok(source) };
         let schema = Arc::clone(&self.plan.nodes[node].schema);
         if columns.iter().copied().eq(0..schema.fields().len()) {
@@ -187,6 +201,35 @@ impl<'a> Lowering<'a> {
         Ok(Lowered { node, time, keys, ..input })
     }
 
+    /// UNION ALL: the branches are stateless, so their rows meet in the task that read them.
+    fn union(&mut self, union: &Union, e: Emission, closes: bool, view: &str, at: &Place) -> Result<Lowered> {
+        let inputs: Vec<Lowered> =
+            union.inputs.iter().map(|input| self.step(input, e, closes, view, at)).collect::<Result<_>>()?;
+        let refuse = |what: &str, hint: &str| {
+            let place = crate::sql::place::find_word(at, "UNION").unwrap_or_else(|| at.clone());
+            Err(Error::user(format!("{view}: {what}")).hint(hint).at(place))
+        };
+        if inputs.iter().any(|input| input.keys.is_some() || input.updating) {
+            let hint = "Put the window or the GROUP BY above the UNION ALL.";
+            return refuse("UNION ALL over windows or GROUP BY cannot run as a stream yet", hint);
+        }
+        let mut edges = Vec::new();
+        let mut branches = 0u8;
+        for input in &inputs {
+            edges.push(Edge { from: input.node, port: input.port, exchange: None, branch: branches });
+            let Some(sum) = branches.checked_add(input.branches) else {
+                return refuse("a UNION of more than 255 branches cannot run", "Use fewer branches.");
+            };
+            branches = sum;
+        }
+        let time = inputs[0].time.filter(|time| inputs.iter().all(|input| input.time == Some(*time)));
+        let schema = plain_schema(union.schema.as_arrow());
+        let id = format!("{view}.union{}", self.plan.nodes.len());
+        let port = inputs[0].port;
+        let node = self.add_union(id, NodeKind::Union, edges, schema);
+        Ok(Lowered { node, port, time, keys: None, filtered_above_window: false, updating: false, branches })
+    }
+
     /// Adds a node that reads `input` in the same task; an equal chain of another sink is not shared, as
     /// projections are cheap and the emissions differ.
     pub fn chain(
@@ -197,9 +240,9 @@ impl<'a> Lowering<'a> {
         input: &Lowered,
         schema: SchemaRef,
     ) -> NodeId {
-        let edge = Edge { from: input.node, port: input.port, exchange: None };
+        let edge = Edge { from: input.node, port: input.port, exchange: None, branch: 0 };
         let same = self.plan.nodes.iter().position(|node| {
-            let reads = node.input.as_ref().is_some_and(|e| e.from == edge.from && e.port == edge.port);
+            let reads = matches!(&node.inputs[..], [e] if e.from == edge.from && e.port == edge.port);
             reads && node.schema == schema && same_kind(&node.kind, &kind)
         });
         same.unwrap_or_else(|| {

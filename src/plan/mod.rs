@@ -37,6 +37,8 @@ pub struct Edge {
     pub port: Port,
     /// Key columns of the hash exchange on this edge; `None` when the rows stay in their task.
     pub exchange: Option<Vec<usize>>,
+    /// What a UNION adds to the branch of the rows, for the total order.
+    pub branch: u8,
 }
 
 #[derive(Debug)]
@@ -44,8 +46,8 @@ pub struct Node {
     /// Stable across restarts as long as the SQL is: names state files and manifest entries.
     pub id: String,
     pub kind: NodeKind,
-    /// At most one edge so far; sources have none.
-    pub input: Option<Edge>,
+    /// None for a source, several for a UNION, else one.
+    pub inputs: Vec<Edge>,
     /// Schema of the rows that leave the node (of the rows that enter it, for a sink).
     pub schema: SchemaRef,
 }
@@ -53,10 +55,18 @@ pub struct Node {
 #[derive(Debug)]
 pub enum NodeKind {
     Source(SourcePlan),
-    Filter { predicate: Arc<dyn PhysicalExpr>, view: Arc<str> },
-    Project { exprs: Vec<Arc<dyn PhysicalExpr>>, view: Arc<str> },
+    Filter {
+        predicate: Arc<dyn PhysicalExpr>,
+        view: Arc<str>,
+    },
+    Project {
+        exprs: Vec<Arc<dyn PhysicalExpr>>,
+        view: Arc<str>,
+    },
     Over(OverSpec),
     Group(GroupSpec),
+    /// UNION ALL of stateless branches.
+    Union,
     Sink(SinkPlan),
 }
 
@@ -84,18 +94,22 @@ impl StreamPlan {
 
     /// Nodes that read from `id`, with their edges.
     pub fn readers(&self, id: NodeId) -> impl Iterator<Item = (NodeId, &Edge)> {
-        self.nodes.iter().enumerate().filter_map(move |(reader, node)| {
-            node.input.as_ref().filter(|edge| edge.from == id).map(|e| (reader, e))
+        self.nodes.iter().enumerate().flat_map(move |(reader, node)| {
+            node.inputs.iter().filter(move |edge| edge.from == id).map(move |edge| (reader, edge))
         })
     }
 
     /// What a node means, as text: equal texts keep their state across restarts (DESIGN §6 *changed SQL*).
     pub fn fingerprint(&self, id: NodeId) -> String {
         let mut text = self.describe(id);
-        let mut at = self.nodes[id].input.as_ref();
-        while let Some(edge) = at {
-            text.push_str(&format!(" <- [{}] {}", edge.port, self.describe(edge.from)));
-            at = self.nodes[edge.from].input.as_ref();
+        match &self.nodes[id].inputs[..] {
+            [] => {}
+            [edge] => text.push_str(&format!(" <- [{}] {}", edge.port, self.fingerprint(edge.from))),
+            edges => {
+                for edge in edges {
+                    text.push_str(&format!(" <- ([{}] {})", edge.port, self.fingerprint(edge.from)));
+                }
+            }
         }
         text
     }
@@ -118,6 +132,7 @@ impl StreamPlan {
                 format!("Project: {}", pairs.join(", "))
             }
             NodeKind::Over(spec) => format!("Over: {}", describe_over(spec)),
+            NodeKind::Union => "Union".to_owned(),
             NodeKind::Group(spec) => format!("Group: {}", describe_group(spec)),
             NodeKind::Sink(sink) => format!("Sink {}: {sink}", sink.name),
         }
@@ -188,7 +203,20 @@ impl StreamPlan {
         }
         let shared = if self.readers(id).count() > 1 { format!("#{id} ") } else { String::new() };
         writeln!(f, "{indent}{shared}{}", self.describe(id))?;
-        let Some(edge) = &self.nodes[id].input else { return Ok(()) };
+        for edge in &self.nodes[id].inputs {
+            self.fmt_edge(f, edge, depth, seen)?;
+        }
+        Ok(())
+    }
+
+    fn fmt_edge(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        edge: &Edge,
+        depth: usize,
+        seen: &mut [bool],
+    ) -> fmt::Result {
+        let indent = "  ".repeat(depth);
         let exchange = match &edge.exchange {
             Some(keys) => {
                 let schema = &self.nodes[edge.from].schema;

@@ -187,7 +187,7 @@ fn add_sink(
     let keyed = online || emission == Emission::Latest || lowered.updating && !key.is_empty();
     let exchange = if keyed { online_exchange(sink, &lowered, &key)? } else { None };
     let closes = lowered.keys.is_some() && !lowered.updating;
-    let edge = Edge { from: lowered.node, port: lowered.port, exchange };
+    let edge = Edge { from: lowered.node, port: lowered.port, exchange, branch: 0 };
     let sink_plan =
         SinkPlan { name: sink.name.clone(), kind, emission, schema: Arc::clone(&schema), key, closes };
     lowering.add(sink.name.clone(), NodeKind::Sink(sink_plan), Some(edge), schema);

@@ -81,8 +81,7 @@ impl Lowering<'_> {
         view: &str,
     ) -> Result<Lowered> {
         let same = self.plan.nodes.iter().position(|node| {
-            let edge =
-                node.input.as_ref().is_some_and(|edge| edge.from == input.node && edge.port == input.port);
+            let edge = node.inputs.iter().any(|edge| edge.from == input.node && edge.port == input.port);
             matches!(&node.kind, NodeKind::Over(other) if edge && other.same_state(&spec))
         });
         let (port, node) = match (e, same) {
@@ -90,7 +89,8 @@ impl Lowering<'_> {
             (e, None) => {
                 let mut fields: Vec<_> = spec.input.fields().iter().cloned().collect();
                 fields.extend(spec.calls.iter().map(|call| Arc::clone(&call.output)));
-                let edge = Edge { from: input.node, port: input.port, exchange: Some(keys.clone()) };
+                let edge =
+                    Edge { from: input.node, port: input.port, exchange: Some(keys.clone()), branch: 0 };
                 let id = format!("{view}.over{}", self.plan.nodes.len());
                 spec.want_final = false;
                 (over_port(e), self.add(id, NodeKind::Over(spec), Some(edge), Arc::new(Schema::new(fields))))
@@ -107,6 +107,7 @@ impl Lowering<'_> {
             keys: Some(keys.into_iter().map(Some).collect()),
             filtered_above_window: input.filtered_above_window,
             updating: false,
+            branches: input.branches,
         };
         let total = self.plan.nodes[node].schema.fields().len();
         let helpers = self.helper_columns(&out, width);

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use arrow::array::ArrayRef;
+use arrow::array::{ArrayRef, RecordBatch};
 use tokio::sync::mpsc::Sender;
 
 use crate::error::{Error, Result};
@@ -85,6 +85,13 @@ impl Chain {
                 NodeKind::Filter { predicate, view } => (filter(predicate, batch, &mut failed)?, view),
                 NodeKind::Project { exprs, view } => {
                     (project(exprs, &plan.nodes[reader].schema, batch, &mut failed)?, view)
+                }
+                NodeKind::Union => {
+                    // The branches call their columns differently.
+                    let schema = Arc::clone(&plan.nodes[reader].schema);
+                    let rows = RecordBatch::try_new(schema, batch.rows.columns().to_vec())?;
+                    self.run(reader, port, &batch.with_rows(rows).with_branch(edge.branch), reached, out)?;
+                    continue;
                 }
                 _ => return Err(Error::internal(format!("{} has no outlet", plan.nodes[reader].id))),
             };

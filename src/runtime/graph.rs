@@ -98,7 +98,11 @@ impl Graph<'_> {
     fn edges(&self, root: NodeId, found: &mut Vec<(NodeId, Option<Vec<usize>>)>) {
         for (reader, edge) in self.plan.readers(root) {
             match &self.plan.nodes[reader].kind {
-                NodeKind::Filter { .. } | NodeKind::Project { .. } => self.edges(reader, found),
+                NodeKind::Filter { .. } | NodeKind::Project { .. } | NodeKind::Union => {
+                    self.edges(reader, found);
+                }
+                // Reached through every branch of a UNION, but joined to the stage once.
+                _ if found.iter().any(|(known, _)| *known == reader) => {}
                 _ => found.push((reader, edge.exchange.clone())),
             }
         }

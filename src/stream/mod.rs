@@ -119,6 +119,16 @@ pub struct ChangeBatch {
 }
 
 impl ChangeBatch {
+    /// The same rows, further on in the order of UNION branches.
+    #[must_use]
+    pub fn with_branch(mut self, branch: u8) -> Self {
+        if branch > 0 {
+            let offset = Place::new(branch, 0, 0).0;
+            self.origin.place = self.origin.place.unary(|place| place + offset);
+        }
+        self
+    }
+
     pub fn append(rows: RecordBatch, origin: Origin) -> Self {
         debug_assert_eq!(rows.num_rows(), origin.time.len());
         Self { rows, weights: None, origin }
