@@ -16,3 +16,4 @@ mod online;
 mod pipeline;
 mod slt;
 mod statements;
+mod windows;

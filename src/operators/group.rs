@@ -1,15 +1,16 @@
-//! GROUP BY without a window: one row per key, updated as rows arrive (DESIGN §3 *Emissions*).
+//! GROUP BY: one row per key, updated as rows arrive (DESIGN §3 *Emissions*). [`Panes`] closes groups of a window.
 //!
 //! # Meaning
 //! After each batch the operator says what changed: for each key touched, the row that no longer holds (weight −1)
 //! and the one that holds now (+1); nothing for a key whose row stayed the same. Accumulated, that is the batch answer
-//! over all rows pushed, however they were cut: the emission `changes`. Rows never close: there is no `final` here.
+//! over all rows pushed, however they were cut: the emission `changes`. Rows never close here: `final` is the matter of [`Panes`].
 //!
 //! The emission `latest` is the row that holds now of *every* key touched, changed or not: an online store may still
 //! show what an earlier run of the same input wrote in between, when it was cut otherwise. For the same reason a HAVING
 //! above turns such a row into a deletion and never drops it.
 //!
-//! The order key of a row is the greatest (event time, place, offset) of the rows that made it, so it never falls.
+//! The order key of a row is the greatest (event time, place, offset) of the rows that made it, so it never falls; in a
+//! window, its time is the window's.
 //!
 //! # State
 //! Per key one row: key columns, results, the partial states of the aggregates, the order key. Any aggregate of
@@ -23,8 +24,11 @@
 //! same table. The layout of partial states is DataFusion's: its schema is stored with them, and another one is
 //! refused at restore.
 
+mod panes;
 #[cfg(test)]
 mod tests;
+
+pub use panes::{Closing, Panes};
 
 use std::sync::Arc;
 
@@ -38,7 +42,7 @@ use datafusion::physical_expr::aggregate::AggregateFunctionExpr;
 use super::slots::{Chunks, Pointer};
 use crate::error::{Error, Result};
 use crate::state::keys::{KeyIndex, hash_keys};
-use crate::stream::{ChangeBatch, Origin};
+use crate::stream::{ChangeBatch, Micros, Origin};
 
 /// Names of the order key's columns, behind all others of a state row.
 const ORIGIN: [&str; 3] = ["__time", "__place", "__offset"];
@@ -62,6 +66,11 @@ pub struct GroupSpec {
     pub input: SchemaRef,
     pub keys: Vec<usize>,
     pub calls: Vec<Aggregate>,
+    /// Places among the keys of those by which rows are dealt out to shards: all but the windows, if there are others.
+    pub exchange: Vec<usize>,
+    /// The key that closes groups.
+    pub closing: Option<Closing>,
+    pub want_final: bool,
     pub want_changes: bool,
     pub want_latest: bool,
 }
@@ -81,6 +90,7 @@ impl GroupSpec {
         };
         self.input == other.input
             && self.keys == other.keys
+            && self.closing == other.closing
             && self.calls.len() == other.calls.len()
             && self.calls.iter().zip(&other.calls).all(calls)
     }
@@ -99,6 +109,8 @@ pub struct Group {
     output: SchemaRef,
     /// Output columns, partial states of each call, order key.
     state: SchemaRef,
+    /// The window whose groups these are: the time of their rows.
+    window: Option<Micros>,
     /// Where the partial states of each call begin and end in `state`.
     partials: Vec<std::ops::Range<usize>>,
     index: KeyIndex,
@@ -139,6 +151,7 @@ impl Group {
             chunks: Chunks::new(Arc::clone(&state)),
             index: KeyIndex::new(&types)?,
             spec,
+            window: None,
             output,
             state,
             partials,
@@ -265,7 +278,8 @@ impl Group {
         let before = self.origin(prior);
         (0..prior.num_rows()).for_each(|row| orders[row] = before.key(row));
         for (row, group) in groups.iter().enumerate() {
-            orders[*group] = orders[*group].max(batch.origin.key(row));
+            let (time, place, offset) = batch.origin.key(row);
+            orders[*group] = orders[*group].max((self.window.unwrap_or(time), place, offset));
         }
         let column =
             |of: fn(&(i64, i64, i64)) -> i64| Arc::new(orders.iter().map(of).collect::<Int64Array>()) as _;
@@ -326,6 +340,14 @@ impl Group {
         self.chunks.settle(&mut self.at)
     }
 
+    /// All rows that hold.
+    ///
+    /// # Errors
+    /// Internal, from arrow.
+    pub fn all(&self) -> Result<ChangeBatch> {
+        self.outputs(&self.chunks.gather(self.at.iter().copied())?, None)
+    }
+
     /// State rows touched since the last snapshot, or all of them; `None` when there are none.
     ///
     /// # Errors
@@ -354,9 +376,7 @@ impl Group {
             let types =
                 |schema: &Schema| schema.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
             if types(batch.schema_ref()) != types(&self.state) {
-                return Err(Error::external("a state file does not fit its GROUP BY").hint(
-                    "The SQL or the version has changed since it was written; begin a new state (--state, --name).",
-                ));
+                return Err(misfit());
             }
             let rows = RecordBatch::try_new(Arc::clone(&self.state), batch.columns().to_vec())?;
             let keys = self.key_columns(&rows);
@@ -371,6 +391,11 @@ impl Group {
         }
         Ok(())
     }
+}
+
+fn misfit() -> Error {
+    Error::external("a state file does not fit its GROUP BY")
+        .hint("The SQL or the version has changed since it was written; begin a new state (--state, --name).")
 }
 
 fn accumulator(function: &Arc<AggregateFunctionExpr>) -> Result<Box<dyn GroupsAccumulator>> {

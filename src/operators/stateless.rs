@@ -5,9 +5,9 @@
 
 use std::sync::Arc;
 
-use arrow::array::{Array, BooleanArray, RecordBatch, RecordBatchOptions, UInt32Array};
-use arrow::compute::{concat_batches, prep_null_mask_filter};
-use arrow::datatypes::SchemaRef;
+use arrow::array::{Array, AsArray, BooleanArray, Int64Array, RecordBatch, RecordBatchOptions, UInt32Array};
+use arrow::compute::{cast, concat_batches, prep_null_mask_filter, take};
+use arrow::datatypes::{DataType, SchemaRef};
 use datafusion::physical_plan::PhysicalExpr;
 
 use crate::error::{Error, Result};
@@ -68,6 +68,53 @@ pub fn filter_newest(
     let before = |row: usize| batch.weights.as_ref().map_or(1, |weights| weights.value(row));
     let weights = (0..batch.num_rows()).map(|row| if keep.value(row) { before(row) } else { -1 });
     Ok(ChangeBatch { weights: Some(weights.collect()), ..batch.clone() })
+}
+
+/// A row per element of the list column `list`, with the order key of its row. `columns` names the input column of each
+/// output column; the list's stands for its elements. A row whose list is NULL or empty goes, or stays with NULL
+/// (`keep_empty`).
+///
+/// # Errors
+/// Internal: the column is no list.
+pub fn unnest(
+    columns: &[usize],
+    list: usize,
+    keep_empty: bool,
+    schema: &SchemaRef,
+    batch: &ChangeBatch,
+) -> Result<ChangeBatch> {
+    let lists = batch.rows.column(list);
+    let lists = match lists.data_type() {
+        DataType::List(_) => Arc::clone(lists),
+        DataType::LargeList(field) | DataType::FixedSizeList(field, _) => {
+            cast(lists, &DataType::List(Arc::clone(field)))?
+        }
+        other => return Err(Error::internal(format!("{other} cannot be unnested"))),
+    };
+    let lists = lists.as_list::<i32>();
+    let (mut rows, mut elements) = (Vec::new(), Vec::new());
+    for (row, bounds) in lists.offsets().windows(2).enumerate() {
+        let (first, last) = if lists.is_valid(row) { (bounds[0], bounds[1]) } else { (0, 0) };
+        if keep_empty && first == last {
+            rows.push(row as u32);
+            elements.push(None);
+        }
+        for element in first..last {
+            rows.push(row as u32);
+            elements.push(Some(element as u32));
+        }
+    }
+    let (rows, elements) = (UInt32Array::from(rows), UInt32Array::from(elements));
+    let pick = |column: &usize| match *column == list {
+        true => take(lists.values(), &elements, None),
+        false => take(batch.rows.column(*column), &rows, None),
+    };
+    let picked = columns.iter().map(pick).collect::<std::result::Result<Vec<_>, _>>()?;
+    let options = RecordBatchOptions::new().with_row_count(Some(rows.len()));
+    let rows_out = RecordBatch::try_new_with_options(Arc::clone(schema), picked, &options)?;
+    let weight = |weights: &Int64Array| Ok::<_, Error>(take(weights, &rows, None)?.as_primitive().clone());
+    let weights = batch.weights.as_ref().map(weight).transpose()?;
+    Ok(ChangeBatch { rows: rows_out, weights, origin: batch.origin.take(&rows)? })
 }
 
 /// Evaluates expressions over a batch whose schema they were planned for.

@@ -1,15 +1,16 @@
-//! GROUP BY and DISTINCT → a keyed table per shard whose rows change.
+//! GROUP BY and DISTINCT → a keyed table per shard whose rows change, or close with their window.
 
 use std::sync::Arc;
 
-use arrow::datatypes::{Field, Schema};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef, TimeUnit};
 use datafusion::logical_expr::expr::AggregateFunction;
 use datafusion::logical_expr::{self as logical, Expr, LogicalPlan};
 use datafusion::physical_expr::aggregate::AggregateExprBuilder;
 use datafusion::physical_plan::PhysicalExpr;
 
 use crate::error::{Error, Place, Result};
-use crate::operators::group::{Aggregate, GroupSpec};
+use crate::operators::group::{Aggregate, Closing, GroupSpec};
+use crate::plan::closing::Closes;
 use crate::plan::lower::{Emission, Lowered, Lowering, column_at};
 use crate::plan::prepared::Prepared;
 use crate::plan::{Edge, NodeKind};
@@ -27,20 +28,22 @@ impl Lowering<'_> {
         view: &str,
         place: &Place,
     ) -> Result<Lowered> {
-        let below = &aggregate.input;
-        let input = self.below_group(below, e, view, place)?;
-        let mut prepared = Prepared::new(self, below, &input, view, place);
-        let keys = aggregate.group_expr.iter().map(|key| prepared.key(key)).collect::<Result<Vec<_>>>()?;
-        let fields = aggregate.schema.as_arrow().fields();
-        let calls = aggregate.aggr_expr.iter().zip(&fields[keys.len()..]);
-        let calls =
-            calls.map(|(call, output)| prepared.aggregate(call, output)).collect::<Result<Vec<_>>>()?;
-        let (input, _) = prepared.finish();
-        let schema = Arc::clone(&self.plan.nodes[input.node].schema);
-        let calls = calls.into_iter().map(|call| call.build(&schema)).collect::<Result<Vec<_>>>()?;
-        let names: Vec<_> = fields.iter().map(|field| field.name().clone()).collect();
-        let spec = GroupSpec { input: schema, keys, calls, want_changes: false, want_latest: false };
-        Ok(self.add_group(spec, e, &names, &input, view))
+        let names: Vec<_> = aggregate.schema.as_arrow().fields().iter().map(|f| f.name().clone()).collect();
+        self.closing(view, &names, e, |lowering, closes| {
+            let below = &aggregate.input;
+            let input = lowering.below_group(below, e, closes, view, place)?;
+            let mut prepared = Prepared::new(lowering, below, &input, view, place);
+            let keys =
+                aggregate.group_expr.iter().map(|key| prepared.key(key)).collect::<Result<Vec<_>>>()?;
+            let fields = aggregate.schema.as_arrow().fields();
+            let calls = aggregate.aggr_expr.iter().zip(&fields[keys.len()..]);
+            let calls =
+                calls.map(|(call, output)| prepared.aggregate(call, output)).collect::<Result<Vec<_>>>()?;
+            let (input, _) = prepared.finish();
+            let schema = Arc::clone(&lowering.plan.nodes[input.node].schema);
+            let calls = calls.into_iter().map(|call| call.build(&schema)).collect::<Result<Vec<_>>>()?;
+            Ok((spec_of(schema, keys, calls, &input), input))
+        })
     }
 
     /// DISTINCT is a GROUP BY of all columns without aggregates.
@@ -51,33 +54,53 @@ impl Lowering<'_> {
         view: &str,
         place: &Place,
     ) -> Result<Lowered> {
-        let input = self.below_group(below, e, view, place)?;
-        let schema = Arc::clone(&self.plan.nodes[input.node].schema);
-        let keys: Vec<usize> = (0..schema.fields().len()).collect();
-        let names: Vec<_> = schema.fields().iter().map(|field| field.name().clone()).collect();
-        let calls = Vec::new();
-        let spec = GroupSpec { input: schema, keys, calls, want_changes: false, want_latest: false };
-        Ok(self.add_group(spec, e, &names, &input, view))
+        let names: Vec<_> = below.schema().as_arrow().fields().iter().map(|f| f.name().clone()).collect();
+        self.closing(view, &names, e, |lowering, closes| {
+            let input = lowering.below_group(below, e, closes, view, place)?;
+            let schema = Arc::clone(&lowering.plan.nodes[input.node].schema);
+            let keys = (0..schema.fields().len()).collect();
+            Ok((spec_of(schema, keys, Vec::new(), &input), input))
+        })
     }
 
-    /// The rows that are grouped: late ones too, as nothing closes by time (DESIGN §3 *Late*).
+    /// Whether a group closes is known once its input is lowered; if so, its input is lowered again, without late rows
+    /// (DESIGN §3 *Late*).
+    fn closing(
+        &mut self,
+        view: &str,
+        names: &[String],
+        e: Emission,
+        lower: impl Fn(&mut Self, bool) -> Result<(GroupSpec, Lowered)>,
+    ) -> Result<Lowered> {
+        let before = self.plan.nodes.len();
+        let (mut spec, mut input) = lower(self, false)?;
+        if spec.closing.is_some() {
+            self.plan.nodes.truncate(before);
+            (spec, input) = lower(self, true)?;
+        }
+        Ok(self.add_group(spec, e, names, &input, view))
+    }
+
+    /// The rows that are grouped. Rows of a window below can be grouped again once they are final.
     fn below_group(
         &mut self,
         below: &LogicalPlan,
         e: Emission,
+        closes: bool,
         view: &str,
         place: &Place,
     ) -> Result<Lowered> {
-        let input = self.step(below, e, false, view, place)?;
+        let input = self.step(below, e, closes, view, place)?;
         let refused = match (&input.keys, input.updating) {
-            (_, true) => {
-                Some(("GROUP BY over GROUP BY", "Group the source's rows by the final key in one step."))
-            }
-            (Some(_), false) => Some((
+            (_, true) => Some((
+                "GROUP BY over rows of a GROUP BY that still change",
+                "Group the source's rows by the final key in one step, or write windows to a sink with the emission 'final'.",
+            )),
+            (Some(_), false) if e != Emission::Final => Some((
                 "GROUP BY over a window",
                 "Write the aggregate as a window, or group the source's rows.",
             )),
-            (None, false) => None,
+            _ => None,
         };
         match refused {
             None => Ok(input),
@@ -100,30 +123,83 @@ impl Lowering<'_> {
             let edge = node.inputs.iter().any(|edge| edge.from == input.node && edge.port == input.port);
             matches!(&node.kind, NodeKind::Group(other) if edge && other.same(&spec))
         });
+        let window = spec.closing.map(|closing| closing.key);
+        let closes = closes_of(&spec, input);
+        let dealt = spec.exchange.iter().copied().map(Some).collect();
         let keys = (0..spec.keys.len()).map(Some).collect();
         let node = same.unwrap_or_else(|| {
-            let edge =
-                Edge { from: input.node, port: input.port, exchange: Some(spec.keys.clone()), branch: 0 };
+            let exchange = spec.exchange.iter().map(|key| spec.keys[*key]).collect();
+            let edge = Edge { from: input.node, port: input.port, exchange: Some(exchange), branch: 0 };
             let output = spec.output();
             let renamed = output.fields().iter().zip(names).map(|(f, n)| f.as_ref().clone().with_name(n));
             let schema = Arc::new(Schema::new(renamed.collect::<Vec<Field>>()));
             let id = format!("{view}.group{}", self.plan.nodes.len());
             self.add(id, NodeKind::Group(spec), Some(edge), schema)
         });
+        let is_final = e == Emission::Final && window.is_some();
         if let NodeKind::Group(spec) = &mut self.plan.nodes[node].kind {
-            spec.want_changes |= e != Emission::Latest;
+            spec.want_final |= is_final;
+            spec.want_changes |= !is_final && e != Emission::Latest;
             spec.want_latest |= e == Emission::Latest;
         }
+        let port = match e {
+            Emission::Latest => Port::Latest,
+            _ if is_final => Port::Final,
+            _ => Port::Changes,
+        };
         Lowered {
             node,
-            port: if e == Emission::Latest { Port::Latest } else { Port::Changes },
-            time: None,
+            port,
+            time: window.filter(|_| is_final),
             keys: Some(keys),
             filtered_above_window: false,
-            updating: true,
-            branches: input.branches,
+            updating: !is_final,
+            closes,
+            dealt,
+            having: false,
+            branches: 1,
         }
     }
+}
+
+/// The group closes by the key that closes first; the rows are dealt out by the other keys, if there are any.
+fn spec_of(input: SchemaRef, keys: Vec<usize>, calls: Vec<Aggregate>, below: &Lowered) -> GroupSpec {
+    let micros = |column: usize| {
+        use TimeUnit::{Microsecond, Nanosecond};
+        matches!(input.field(column).data_type(), DataType::Timestamp(Microsecond | Nanosecond, _))
+    };
+    let known = keys.iter().enumerate().filter(|(_, column)| micros(**column));
+    let known: Vec<(usize, Closes)> =
+        known.filter_map(|(key, column)| Some((key, below.closes[*column]?))).collect();
+    // Of window_start and window_end, the start: the greatest bound of its origin.
+    let start =
+        |of: &Closes| known.iter().map(|(_, c)| *c).filter(|c| c.same_origin(of)).map(|c| c.bound).max();
+    let starts = known.iter().filter(|(_, closes)| start(closes) == Some(closes.bound));
+    let first = starts.min_by_key(|(_, closes)| closes.bound);
+    let closing = first.map(|(key, closes)| Closing { key: *key, bound: closes.bound });
+    let others = (0..keys.len()).filter(|key| below.closes[keys[*key]].is_none());
+    let mut exchange: Vec<usize> = others.collect();
+    if closing.is_none() || exchange.is_empty() {
+        exchange = (0..keys.len()).collect();
+    }
+    GroupSpec {
+        input,
+        keys,
+        calls,
+        exchange,
+        closing,
+        want_final: false,
+        want_changes: false,
+        want_latest: false,
+    }
+}
+
+/// What is known of the group's columns, now that its window is their time.
+fn closes_of(spec: &GroupSpec, input: &Lowered) -> Vec<Option<Closes>> {
+    let key = |key: &usize| input.closes[*key];
+    let time = spec.closing.and_then(|closing| key(&spec.keys[closing.key]));
+    let keys = spec.keys.iter().map(|column| key(column)?.behind(time?));
+    keys.chain(spec.calls.iter().map(|_| None)).collect()
 }
 
 /// Whether the rows of a plan change: it has a GROUP BY or DISTINCT.

@@ -7,12 +7,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use datafusion::logical_expr::{Distinct, Expr, LogicalPlan, Projection, TableScan, Union};
+use datafusion::logical_expr::{Distinct, Expr, LogicalPlan, Projection, TableScan, Union, Unnest};
 use datafusion::physical_plan::PhysicalExpr;
 use datafusion::physical_plan::expressions::{CastExpr, Column as PhysicalColumn};
 use datafusion::prelude::SessionContext;
 
 use crate::error::{Error, Place, Result};
+use crate::plan::closing::{Closes, Origins};
 use crate::plan::window::contains_window;
 use crate::plan::{Edge, Node, NodeId, NodeKind, StreamPlan};
 use crate::stream::{Port, timestamp_type};
@@ -38,8 +39,32 @@ pub struct Lowered {
     pub filtered_above_window: bool,
     /// Rows come with weights and never close: a GROUP BY stands below.
     pub updating: bool,
+    /// Per column, when a group of its rows is complete.
+    pub closes: Vec<Option<Closes>>,
+    /// The keys by which the rows are dealt out to shards: all, but for the windows of a GROUP BY.
+    pub dealt: Vec<Option<usize>>,
+    /// A HAVING stands above a GROUP BY.
+    pub having: bool,
     /// UNION branches that the rows come from; 1 without a UNION.
     pub branches: u8,
+}
+
+impl Lowered {
+    /// Rows of a stateless node, of whose columns nothing is known.
+    fn stateless(node: NodeId, port: Port) -> Self {
+        Self {
+            node,
+            port,
+            time: None,
+            keys: None,
+            filtered_above_window: false,
+            updating: false,
+            closes: Vec::new(),
+            dealt: Vec::new(),
+            having: false,
+            branches: 1,
+        }
+    }
 }
 
 /// Builds one [`StreamPlan`] from several sinks; equal OVER nodes are shared.
@@ -48,11 +73,29 @@ pub struct Lowering<'a> {
     pub plan: StreamPlan,
     sources: HashMap<String, (NodeId, Option<usize>)>,
     shared: HashMap<(LogicalPlan, Emission), Lowered>,
+    pub(super) origins: Origins,
 }
 
 impl<'a> Lowering<'a> {
     pub fn new(session: &'a SessionContext) -> Self {
-        Self { session, plan: StreamPlan::default(), sources: HashMap::new(), shared: HashMap::new() }
+        Self {
+            session,
+            plan: StreamPlan::default(),
+            sources: HashMap::new(),
+            shared: HashMap::new(),
+            origins: Origins::default(),
+        }
+    }
+
+    /// An empty plan over the same sources.
+    pub fn scratch(&self) -> Self {
+        let mut scratch = Self::new(self.session);
+        for node in &self.plan.nodes {
+            if let NodeKind::Source(source) = &node.kind {
+                scratch.add_source(source.clone());
+            }
+        }
+        scratch
     }
 
     /// Adds a source node; its rows can then be scanned by name.
@@ -117,7 +160,7 @@ impl<'a> Lowering<'a> {
                 let kind = NodeKind::Filter { predicate, view: view.into() };
                 let node = self.chain(view, "filter", kind, &input, schema);
                 let above = input.filtered_above_window || input.keys.is_some() && !input.updating;
-                Ok(Lowered { node, port: input.port, filtered_above_window: above, ..input })
+                Ok(Lowered { node, having: input.updating, filtered_above_window: above, ..input })
             }
             LogicalPlan::Window(window) => self.window(window, e, closes, view, at),
             LogicalPlan::Aggregate(aggregate) => self.group(aggregate, e, view, at),
@@ -131,7 +174,7 @@ impl<'a> Lowering<'a> {
             LogicalPlan::Union(union) => self.union(union, e, closes, view, at),
             LogicalPlan::Distinct(Distinct::All(input)) => self.distinct(input, e, view, at),
             LogicalPlan::Distinct(Distinct::On(_)) => refuse("DISTINCT ON", "DISTINCT", later),
-            LogicalPlan::Unnest(_) => refuse("UNNEST", "UNNEST", later),
+            LogicalPlan::Unnest(unnest) => self.unnest(unnest, e, closes, view, at),
             LogicalPlan::Subquery(_) => refuse("a subquery expression", "SELECT", later),
             LogicalPlan::Values(_) => refuse("VALUES", "VALUES", "A view reads a source."),
             LogicalPlan::EmptyRelation(_) => {
@@ -161,17 +204,13 @@ impl<'a> Lowering<'a> {
         };
         // Views that close by time ignore late rows, in every emission (DESIGN §3 *Late*).
         let port = if closes { Port::OnTime } else { Port::Accepted };
-        let source = Lowered {
-            node,
-            port,
-            time,
-            keys: None,
-            filtered_above_window: false,
-            updating: false,
-            branches: 1,
-        };
-        let Some(columns) = &scan.projection else { return Ok(source) };
         let schema = Arc::clone(&self.plan.nodes[node].schema);
+        let mut closes = vec![None; schema.fields().len()];
+        if let Some(time) = time {
+            closes[time] = Some(Closes::time(self.origins.of(node, &column_at(&schema, time))));
+        }
+        let source = Lowered { time, closes, ..Lowered::stateless(node, port) };
+        let Some(columns) = &scan.projection else { return Ok(source) };
         if columns.iter().copied().eq(0..schema.fields().len()) {
             return Ok(source);
         }
@@ -194,11 +233,13 @@ impl<'a> Lowering<'a> {
             .collect::<Result<_>>()?;
         let from = |column: usize| exprs.iter().position(|expr| column_index(expr) == Some(column));
         let time = input.time.and_then(from);
-        let keys = input.keys.as_ref().map(|keys| keys.iter().map(|key| key.and_then(from)).collect());
+        let moved = |keys: &Vec<Option<usize>>| keys.iter().map(|key| key.and_then(from)).collect();
+        let (keys, dealt) = (input.keys.as_ref().map(moved), moved(&input.dealt));
+        let closes = exprs.iter().map(|expr| self.closes(expr, input.node, &input.closes)).collect();
         let schema = plain_schema(projection.schema.as_arrow());
         let kind = NodeKind::Project { exprs, view: view.into() };
         let node = self.chain(view, "project", kind, &input, schema);
-        Ok(Lowered { node, time, keys, ..input })
+        Ok(Lowered { node, time, keys, dealt, closes, ..input })
     }
 
     /// UNION ALL: the branches are stateless, so their rows meet in the task that read them.
@@ -226,8 +267,49 @@ impl<'a> Lowering<'a> {
         let schema = plain_schema(union.schema.as_arrow());
         let id = format!("{view}.union{}", self.plan.nodes.len());
         let port = inputs[0].port;
-        let node = self.add_union(id, NodeKind::Union, edges, schema);
-        Ok(Lowered { node, port, time, keys: None, filtered_above_window: false, updating: false, branches })
+        let node = self.add_union(id, NodeKind::Union, edges, Arc::clone(&schema));
+        let closes = (0..schema.fields().len()).map(|column| {
+            let origin = self.origins.of(node, &column_at(&schema, column));
+            Closes::common(origin, inputs.iter().map(|input| input.closes[column]))
+        });
+        let closes = closes.collect();
+        Ok(Lowered { time, closes, branches, ..Lowered::stateless(node, port) })
+    }
+
+    /// UNNEST of one list: a row per element, all with the order key of their row.
+    fn unnest(
+        &mut self,
+        unnest: &Unnest,
+        e: Emission,
+        closes: bool,
+        view: &str,
+        at: &Place,
+    ) -> Result<Lowered> {
+        let input = self.step(&unnest.input, e, closes, view, at)?;
+        let [(list, of)] = &unnest.list_type_columns[..] else {
+            let place = crate::sql::place::find_word(at, "UNNEST").unwrap_or_else(|| at.clone());
+            let message = format!("{view}: UNNEST of several lists or of structs cannot run as a stream yet");
+            return Err(Error::user(message).hint("Unnest one list per view.").at(place));
+        };
+        if of.depth != 1 || !unnest.struct_type_columns.is_empty() {
+            let place = crate::sql::place::find_word(at, "UNNEST").unwrap_or_else(|| at.clone());
+            let message = format!("{view}: UNNEST of nested lists or structs cannot run as a stream yet");
+            return Err(Error::user(message).hint("Unnest one level per view.").at(place));
+        }
+        let columns = unnest.dependency_indices.clone();
+        let from = |column: usize| columns.iter().position(|kept| *kept == column && column != *list);
+        let moved = |keys: &Vec<Option<usize>>| keys.iter().map(|key| key.and_then(from)).collect();
+        let (keys, dealt) = (input.keys.as_ref().map(moved), moved(&input.dealt));
+        let closes = columns.iter().map(|column| input.closes[*column]).collect();
+        let time = input.time.and_then(from);
+        let kind = NodeKind::Unnest {
+            columns: columns.clone(),
+            list: *list,
+            keep_empty: unnest.options.preserve_nulls(),
+            view: view.into(),
+        };
+        let node = self.chain(view, "unnest", kind, &input, plain_schema(unnest.schema.as_arrow()));
+        Ok(Lowered { node, time, keys, dealt, closes, ..input })
     }
 
     /// Adds a node that reads `input` in the same task; an equal chain of another sink is not shared, as
@@ -279,8 +361,10 @@ impl<'a> Lowering<'a> {
         let kind = NodeKind::Project { exprs, view: view.into() };
         let node = self.chain(view, "columns", kind, lowered, Arc::new(schema.project(columns)?));
         let from = |column: usize| columns.iter().position(|kept| *kept == column);
-        let keys = lowered.keys.as_ref().map(|keys| keys.iter().map(|key| key.and_then(from)).collect());
-        Ok(Lowered { node, time: lowered.time.and_then(from), keys, ..lowered.clone() })
+        let moved = |keys: &Vec<Option<usize>>| keys.iter().map(|key| key.and_then(from)).collect();
+        let (keys, dealt) = (lowered.keys.as_ref().map(moved), moved(&lowered.dealt));
+        let closes = columns.iter().map(|column| lowered.closes[*column]).collect();
+        Ok(Lowered { node, time: lowered.time.and_then(from), keys, dealt, closes, ..lowered.clone() })
     }
 
     pub(super) fn physical(&self, expr: &Expr, input: &LogicalPlan) -> Result<Arc<dyn PhysicalExpr>> {
@@ -293,6 +377,10 @@ fn same_kind(a: &NodeKind, b: &NodeKind) -> bool {
     match (a, b) {
         (NodeKind::Filter { predicate: a, .. }, NodeKind::Filter { predicate: b, .. }) => a == b,
         (NodeKind::Project { exprs: a, .. }, NodeKind::Project { exprs: b, .. }) => a == b,
+        (
+            NodeKind::Unnest { columns: a, list: b, keep_empty: c, .. },
+            NodeKind::Unnest { columns: d, list: e, keep_empty: f, .. },
+        ) => (a, b, c) == (d, e, f),
         _ => false,
     }
 }

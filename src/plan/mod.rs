@@ -6,6 +6,7 @@
 //!
 //! `Display` of a plan is what `EXPLAIN` and `millstream explain` print.
 
+mod closing;
 mod group;
 pub mod lower;
 mod prepared;
@@ -67,6 +68,15 @@ pub enum NodeKind {
     Group(GroupSpec),
     /// UNION ALL of stateless branches.
     Union,
+    /// One row per element of a list.
+    Unnest {
+        /// Input column of each output column; that of the list stands for its elements.
+        columns: Vec<usize>,
+        list: usize,
+        /// A row without elements stays, with NULL.
+        keep_empty: bool,
+        view: Arc<str>,
+    },
     Sink(SinkPlan),
 }
 
@@ -133,6 +143,10 @@ impl StreamPlan {
             }
             NodeKind::Over(spec) => format!("Over: {}", describe_over(spec)),
             NodeKind::Union => "Union".to_owned(),
+            NodeKind::Unnest { columns, list, .. } => {
+                let of = columns.iter().position(|column| column == list).unwrap_or_default();
+                format!("Unnest: {}", node.schema.field(of).name())
+            }
             NodeKind::Group(spec) => format!("Group: {}", describe_group(spec)),
             NodeKind::Sink(sink) => format!("Sink {}: {sink}", sink.name),
         }
@@ -152,7 +166,11 @@ fn describe_group(spec: &GroupSpec) -> String {
             format!("{}({distinct}{}){filter}", call.function.fun().name(), arguments.join(", "))
         })
         .collect();
-    format!("by {} [{}]", keys.join(", "), calls.join("; "))
+    let closes = spec.closing.map(|closing| {
+        let bound = crate::sql::interval::display_micros(closing.bound);
+        format!(", closed at {} + {bound}", keys[closing.key])
+    });
+    format!("by {} [{}]{}", keys.join(", "), calls.join("; "), closes.unwrap_or_default())
 }
 
 fn describe_over(spec: &OverSpec) -> String {

@@ -76,14 +76,16 @@ impl<'a, 'b> Prepared<'a, 'b> {
         }
         let schema = Arc::clone(&lowering.plan.nodes[input.node].schema);
         let mut fields: Vec<Field> = schema.fields().iter().map(|field| field.as_ref().clone()).collect();
+        let mut closes = input.closes.clone();
         let mut exprs: Vec<Arc<dyn PhysicalExpr>> =
             (0..width).map(|column| column_at(&schema, column)).collect();
         for (expr, field) in extra {
+            closes.push(lowering.closes(&expr, input.node, &input.closes));
             exprs.push(expr);
             fields.push(field);
         }
         let kind = NodeKind::Project { exprs, view: view.into() };
         let node = lowering.chain(view, "helpers", kind, &input, Arc::new(Schema::new(fields)));
-        (Lowered { node, ..input }, width)
+        (Lowered { node, closes, ..input }, width)
     }
 }

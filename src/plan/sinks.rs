@@ -1,6 +1,6 @@
 //! `CREATE SINK` → nodes: which emission, which connector, and what a sink refuses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
@@ -57,8 +57,6 @@ pub struct SinkPlan {
     pub schema: SchemaRef,
     /// Key columns of an online sink or of Kafka records; empty for the others.
     pub key: Vec<usize>,
-    /// Whether the rows close by time (an OVER stands above the source).
-    pub closes: bool,
 }
 
 /// Plans the sinks of a catalog (all, or those named), and everything below them.
@@ -169,7 +167,8 @@ fn add_sink(
     let placed = |error: Error| error.at(sink.place.clone());
     let mut options = sink.options.clone();
     let connector = options.required("connector").map_err(placed)?;
-    let emission = emission(sink, &connector, &mut options, plan)?;
+    let shape = Shape::of(lowering, plan, sink)?;
+    let emission = emission(sink, &connector, &mut options, &shape)?;
     let relation = source_of(sink, sources);
     let metadata =
         connector == "delta" && options.choice("metadata", &["all", "none"]).map_err(placed)? != Some(1);
@@ -186,27 +185,40 @@ fn add_sink(
     let online = matches!(kind, SinkKind::Online { .. });
     let keyed = online || emission == Emission::Latest || lowered.updating && !key.is_empty();
     let exchange = if keyed { online_exchange(sink, &lowered, &key)? } else { None };
-    let closes = lowered.keys.is_some() && !lowered.updating;
     let edge = Edge { from: lowered.node, port: lowered.port, exchange, branch: 0 };
-    let sink_plan =
-        SinkPlan { name: sink.name.clone(), kind, emission, schema: Arc::clone(&schema), key, closes };
+    let sink_plan = SinkPlan { name: sink.name.clone(), kind, emission, schema: Arc::clone(&schema), key };
     lowering.add(sink.name.clone(), NodeKind::Sink(sink_plan), Some(edge), schema);
     Ok(())
 }
 
+/// What decides on a view's emissions.
+struct Shape {
+    /// It has a GROUP BY.
+    grouped: bool,
+    /// Its rows never close.
+    updating: bool,
+    /// It has an OVER.
+    windowed: bool,
+}
+
+impl Shape {
+    /// Whether groups close is known once they are lowered: in a plan of their own, as the real one depends on it.
+    fn of(lowering: &Lowering<'_>, plan: &LogicalPlan, sink: &CreateSink) -> Result<Self> {
+        let grouped = contains_group(plan);
+        let updating = grouped
+            && lowering.scratch().lower(plan, Emission::Final, view_name(sink), &sink.place)?.updating;
+        Ok(Self { grouped, updating, windowed: contains_window(plan) })
+    }
+}
+
 /// Which rows the sink takes: what its option says, else what fits connector and view (DESIGN §3 *Emissions*).
-fn emission(
-    sink: &CreateSink,
-    connector: &str,
-    options: &mut Options,
-    plan: &LogicalPlan,
-) -> Result<Emission> {
+fn emission(sink: &CreateSink, connector: &str, options: &mut Options, shape: &Shape) -> Result<Emission> {
     let refused = |message: &str, hint: &str, option: &str| {
         let place = sink.options.place(option).unwrap_or_else(|| sink.place.clone());
         Err(Error::user(format!("sink {}: {message}", sink.name)).hint(hint).at(place))
     };
     let online = matches!(connector, "redis" | "memory");
-    let updating = contains_group(plan);
+    let updating = shape.updating;
     let mode = sink.options.shown("mode").unwrap_or_default();
     let by_mode = matches!(mode.as_str(), "upsert" | "changelog");
     if connector == "delta" && updating && !by_mode {
@@ -214,13 +226,15 @@ fn emission(
             "Write mode = 'upsert' with key = '…' (one row per key) or mode = 'changelog' (every change).";
         return refused("rows of a GROUP BY change, so they cannot be appended", hint, "mode");
     }
-    if connector == "delta" && by_mode && !updating {
+    if connector == "delta" && by_mode && !shape.grouped {
         let message = format!("mode = '{mode}' is for a view with GROUP BY; these rows never change");
         return refused(&message, "Leave the option mode out.", "mode");
     }
+    let all = matches!(connector, "kafka" | "console") || by_mode;
     let default = match (online, updating) {
         (true, _) => Emission::Latest,
         (false, true) => Emission::Changes,
+        (false, false) if shape.grouped && all => Emission::Changes,
         (false, false) => Emission::Final,
     };
     let wanted = match options.choice("emission", &["final", "latest", "changes", "arrival"])? {
@@ -241,7 +255,11 @@ fn emission(
         (Emission::Latest, false, true) => {
             refused("only an online store takes the newest rows of a GROUP BY", hint, "emission")
         }
-        (Emission::Changes, false, false) if contains_window(plan) => refused(
+        (Emission::Final | Emission::Latest, false, false) if by_mode => {
+            refused("a table with a mode takes the emission 'changes'", hint, "emission")
+        }
+        (Emission::Changes, false, false) if shape.grouped => Ok(Emission::Changes),
+        (Emission::Changes, false, false) if shape.windowed => refused(
             "the emission 'changes' of a window cannot run yet",
             "Use 'final' or 'latest'.",
             "emission",
@@ -343,8 +361,9 @@ fn key_columns(sink: &CreateSink, schema: &SchemaRef, key: &[String]) -> Result<
         .collect()
 }
 
-/// An online sink sees all rows of a key in one shard: by its own exchange below a stateless view; above OVER its
-/// key must be the window's, as otherwise the newest row of a sink key is not the newest row of a window key.
+/// An online sink sees all rows of a key in one shard: by its own exchange below a stateless view; above OVER and GROUP
+/// BY its key must be theirs, as otherwise the newest row of a sink key is not the newest row of a window key. It may
+/// leave out windows that close: the newest row is that of the newest window.
 fn online_exchange(sink: &CreateSink, lowered: &Lowered, key: &[usize]) -> Result<Option<Vec<usize>>> {
     let placed = |error: Error| error.at(sink.options.place("key").unwrap_or_else(|| sink.place.clone()));
     if lowered.filtered_above_window {
@@ -354,17 +373,26 @@ fn online_exchange(sink: &CreateSink, lowered: &Lowered, key: &[usize]) -> Resul
         return Err(placed(Error::user(message).hint(hint)));
     }
     let Some(keys) = &lowered.keys else { return Ok(Some(key.to_vec())) };
-    let mut window: Vec<usize> = keys.iter().filter_map(|key| *key).collect();
-    let mut wanted = key.to_vec();
-    window.sort_unstable();
-    wanted.sort_unstable();
-    if window.len() != keys.len() || window != wanted {
+    let known = |keys: &[Option<usize>]| keys.iter().copied().collect::<Option<BTreeSet<usize>>>();
+    let (all, dealt, wanted) = (known(keys), known(&lowered.dealt), key.iter().copied().collect());
+    let whole = all.as_ref() == Some(&wanted);
+    let without_windows =
+        dealt.is_some_and(|dealt| dealt.is_subset(&wanted)) && all.is_none_or(|all| wanted.is_subset(&all));
+    if !whole && !without_windows {
         let clause = if lowered.updating { "GROUP BY" } else { "PARTITION BY" };
         let message = format!("sink {}: its key is not the {clause} of its view", sink.name);
         let hint = format!("Use the columns of {clause} as key, and keep them in the SELECT list.");
         return Err(placed(Error::user(message).hint(hint)));
     }
-    Ok(None)
+    if !whole && lowered.having {
+        let message =
+            format!("sink {}: HAVING above windows is not kept by a key without the window", sink.name);
+        let hint = "Add window_start to the key, or write to a sink with the emission 'final'.";
+        return Err(placed(Error::user(message).hint(hint)));
+    }
+    // Rows stay in their shard if it is the sink's too.
+    let there = lowered.dealt.iter().copied().eq(key.iter().copied().map(Some));
+    Ok((!there).then(|| key.to_vec()))
 }
 
 impl fmt::Display for SinkPlan {

@@ -38,11 +38,11 @@ impl Lowering<'_> {
                 .hint("Rows of a GROUP BY change; use a window over the source instead.")
                 .at(place.clone()));
         }
-        if input.keys.is_some() {
+        if input.keys.is_some() && e != Emission::Final {
             return Err(Error::user(format!(
-                "{view}: a window over a view that has windows cannot run as a stream yet"
+                "{view}: the newest rows of a window over windows cannot be kept yet"
             ))
-            .hint("Put all windows of one key into one view.")
+            .hint("Put all windows of one key into one view, or write to a sink with the emission 'final'.")
             .at(place.clone()));
         }
         let functions: Vec<&WindowFunction> = levels
@@ -100,15 +100,10 @@ impl Lowering<'_> {
             spec.want_final |= e == Emission::Final;
             spec.want_latest |= e == Emission::Latest;
         }
-        let out = Lowered {
-            node,
-            port,
-            time: input.time,
-            keys: Some(keys.into_iter().map(Some).collect()),
-            filtered_above_window: input.filtered_above_window,
-            updating: false,
-            branches: input.branches,
-        };
+        let mut closes = input.closes.clone();
+        closes.resize(self.plan.nodes[node].schema.fields().len(), None);
+        let keys: Vec<Option<usize>> = keys.into_iter().map(Some).collect();
+        let out = Lowered { node, port, closes, dealt: keys.clone(), keys: Some(keys), ..input };
         let total = self.plan.nodes[node].schema.fields().len();
         let helpers = self.helper_columns(&out, width);
         if helpers == 0 {
@@ -273,7 +268,7 @@ fn window_function<'e>(expr: &'e Expr, view: &str, place: &Place) -> Result<&'e 
     }
 }
 
-fn interval_micros(value: &ScalarValue) -> Option<i64> {
+pub(super) fn interval_micros(value: &ScalarValue) -> Option<i64> {
     let (months, days, nanos) = match value {
         ScalarValue::IntervalMonthDayNano(Some(v)) => (v.months, i64::from(v.days), v.nanoseconds),
         ScalarValue::IntervalDayTime(Some(v)) => {

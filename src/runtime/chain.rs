@@ -10,7 +10,7 @@ use arrow::array::{ArrayRef, RecordBatch};
 use tokio::sync::mpsc::Sender;
 
 use crate::error::{Error, Result};
-use crate::operators::stateless::{Failed, filter, filter_newest, project};
+use crate::operators::stateless::{Failed, filter, filter_newest, project, unnest};
 use crate::plan::{NodeId, NodeKind, StreamPlan};
 use crate::runtime::letters;
 use crate::state::keys::{hash_keys, scatter};
@@ -85,6 +85,10 @@ impl Chain {
                 NodeKind::Filter { predicate, view } => (filter(predicate, batch, &mut failed)?, view),
                 NodeKind::Project { exprs, view } => {
                     (project(exprs, &plan.nodes[reader].schema, batch, &mut failed)?, view)
+                }
+                NodeKind::Unnest { columns, list, keep_empty, view } => {
+                    let schema = &plan.nodes[reader].schema;
+                    (unnest(columns, *list, *keep_empty, schema, batch)?, view)
                 }
                 NodeKind::Union => {
                     // The branches call their columns differently.

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::{DeltaConfig, DeltaWriter, Mode, upsert::Stager};
 use crate::error::{Error, Result};
-use crate::operators::group::{Group, GroupSpec};
+use crate::operators::group::{GroupSpec, Panes};
 use crate::operators::newest::Newest;
 use crate::operators::over::Over;
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
@@ -29,7 +29,7 @@ use crate::runtime::start::{World, restore};
 use crate::runtime::upsert::UpsertTask;
 use crate::runtime::watermark::SourceClock;
 use crate::stream::clock::Clock;
-use crate::stream::{Message, Place, Positions, START_OF_TIME};
+use crate::stream::{Message, Micros, Place, Positions, START_OF_TIME};
 
 /// Batches that wait in a channel: a few, so that a slow reader slows its writer down soon.
 const CHANNEL: usize = 4;
@@ -98,7 +98,10 @@ impl Graph<'_> {
     fn edges(&self, root: NodeId, found: &mut Vec<(NodeId, Option<Vec<usize>>)>) {
         for (reader, edge) in self.plan.readers(root) {
             match &self.plan.nodes[reader].kind {
-                NodeKind::Filter { .. } | NodeKind::Project { .. } | NodeKind::Union => {
+                NodeKind::Filter { .. }
+                | NodeKind::Project { .. }
+                | NodeKind::Unnest { .. }
+                | NodeKind::Union => {
                     self.edges(reader, found);
                 }
                 // Reached through every branch of a UNION, but joined to the stage once.
@@ -158,14 +161,19 @@ impl Graph<'_> {
         });
     }
 
+    /// The watermark that a node had reached.
+    fn watermark(&self, id: &str) -> Micros {
+        let progress = self.world.manifest.nodes.get(id);
+        progress.and_then(|progress| progress.watermark).unwrap_or(START_OF_TIME)
+    }
+
     async fn spawn_over(&mut self, node: NodeId) -> Result<()> {
         let chains = self.chains(node);
         let NodeKind::Over(spec) = &self.plan.nodes[node].kind else { return Ok(()) };
         let id = &self.plan.nodes[node].id;
         let rows = restore(self.world, id, "rows", self.parallelism).await?;
         let keys = restore(self.world, id, "keys", self.parallelism).await?;
-        let progress = self.world.manifest.nodes.get(id);
-        let watermark = progress.and_then(|progress| progress.watermark).unwrap_or(START_OF_TIME);
+        let watermark = self.watermark(id);
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
         for (shard, (chain, receivers)) in chains.into_iter().zip(inboxes).enumerate() {
             let mut over = Over::new(spec.clone())?;
@@ -180,11 +188,13 @@ impl Graph<'_> {
     async fn spawn_group(&mut self, node: NodeId, spec: &GroupSpec) -> Result<()> {
         let chains = self.chains(node);
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
-        let rows = restore(self.world, &self.plan.nodes[node].id, "groups", self.parallelism).await?;
+        let id = &self.plan.nodes[node].id;
+        let rows = restore(self.world, id, "groups", self.parallelism).await?;
+        let watermark = self.watermark(id);
         for (shard, (chain, receivers)) in chains.into_iter().zip(inboxes).enumerate() {
-            let mut group = Group::new(spec.clone())?;
-            group.restore(&rows.shards[shard])?;
-            let inbox = Inbox::new(receivers, START_OF_TIME);
+            let mut group = Panes::new(spec.clone())?;
+            group.restore(&rows.shards[shard], watermark)?;
+            let inbox = Inbox::new(receivers, watermark);
             let reports = self.reports.clone();
             self.run(GroupTask { node, group, inbox, chain, reports, saver: self.saver(node, shard) }.run());
         }

@@ -3,8 +3,8 @@
 //! The way of a text: [`variables`] puts values in place of `${VAR}` and keeps a map back to what the user wrote;
 //! the tokens of the result carry places of the *original* text from then on, so every later error, DataFusion's
 //! own included, points there. [`parser::parse`] cuts the tokens at `;` and makes one [`Statement`] of each: ours by our
-//! own grammar, every other by DataFusion's parser. [`windows`] writes named windows out in full. [`Catalog`]
-//! gathers the statements of all files; they may refer forward, and across files.
+//! own grammar, every other by DataFusion's parser. [`windows`] writes named windows out in full, [`window_tables`] TUMBLE and HOP as
+//! plain SQL. [`Catalog`] gathers the statements of all files; they may refer forward, and across files.
 //!
 //! Unquoted names are lowercased, quoted ones kept, as DataFusion does.
 
@@ -18,6 +18,7 @@ pub mod statement;
 pub mod types;
 pub mod variables;
 pub mod wildcard;
+pub mod window_tables;
 pub mod windows;
 
 pub use catalog::Catalog;

@@ -19,7 +19,7 @@ use crate::sql::options::nearest;
 use crate::sql::place::SourceText;
 use crate::sql::statement::{Show, Statement};
 use crate::sql::variables::{Variables, substitute};
-use crate::sql::windows;
+use crate::sql::{window_tables, windows};
 
 static DIALECT: GenericDialect = GenericDialect {};
 
@@ -163,6 +163,7 @@ impl<'a> Reader<'a> {
         let parsed = self.inner.parse_statement();
         let mut statement = parsed.map_err(|error| self.unknown(&first, self.datafusion_error(error)))?;
         windows::merge_statement(&mut statement, place)?;
+        window_tables::expand_statement(&mut statement, place)?;
         Ok(statement)
     }
 
@@ -186,6 +187,7 @@ impl<'a> Reader<'a> {
         let parsed = self.inner.parser.parse_query();
         let mut query = parsed.map_err(|error| self.error(&error))?;
         windows::merge(&mut query, place)?;
+        window_tables::expand(query.as_mut(), place)?;
         Ok(query)
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use arrow::array::{Array, Float64Array, StringArray};
+use arrow::array::{Array, Float64Array, StringArray, TimestampMicrosecondArray};
 use arrow::datatypes::Float64Type;
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_expr::aggregate::AggregateExprBuilder;
@@ -10,6 +10,7 @@ use datafusion::physical_plan::expressions::Column;
 use datafusion::prelude::SessionContext;
 
 use super::*;
+use crate::stream::END_OF_TIME;
 
 /// Knuth's MMIX generator: small, seeded, the same everywhere.
 struct Dice(u64);
@@ -28,8 +29,12 @@ fn schema() -> SchemaRef {
         Field::new("u", DataType::Int64, true),
         Field::new("a", DataType::Float64, true),
         Field::new("f", DataType::Boolean, true),
+        Field::new("w", crate::stream::timestamp_type(), false),
     ]))
 }
+
+/// µs of a window.
+const WINDOW: i64 = 20;
 
 /// Aggregates as (function, column, DISTINCT, FILTER).
 const CALLS: [(&str, usize, bool, bool); 11] = [
@@ -70,12 +75,16 @@ fn spec(keys: &[usize]) -> GroupSpec {
         input: schema(),
         keys: keys.to_vec(),
         calls: CALLS.iter().enumerate().map(call).collect(),
+        exchange: (0..keys.len()).collect(),
+        closing: None,
+        want_final: false,
         want_changes: true,
         want_latest: true,
     }
 }
 
-fn random(dice: &mut Dice, count: usize, first: i64) -> ChangeBatch {
+/// Rows of `count` records from offset `first` on, not older than `since`, with the start of their window.
+fn random(dice: &mut Dice, count: usize, first: i64, since: i64) -> ChangeBatch {
     let keys = 1 + dice.roll(12);
     let mut maybe = |bound: u64| (dice.roll(10) > 0).then(|| dice.roll(bound) as i64);
     let k: Int64Array = (0..count).map(|_| maybe(keys)).collect();
@@ -83,10 +92,12 @@ fn random(dice: &mut Dice, count: usize, first: i64) -> ChangeBatch {
     let u: Int64Array = (0..count).map(|_| maybe(1_000)).collect();
     let a: Float64Array = (0..count).map(|_| maybe(100_000).map(|n| n as f64 / 100.0 - 300.0)).collect();
     let f: BooleanArray = (0..count).map(|_| maybe(2).map(|n| n == 1)).collect();
-    let rows =
-        RecordBatch::try_new(schema(), vec![Arc::new(k), Arc::new(s), Arc::new(u), Arc::new(a), Arc::new(f)])
-            .unwrap();
-    let time: Int64Array = (0..count).map(|_| Some(dice.roll(50) as i64)).collect();
+    let time: Int64Array = (0..count).map(|_| Some(since + dice.roll(50) as i64)).collect();
+    let starts = time.values().iter().map(|time| time.div_euclid(WINDOW) * WINDOW);
+    let w = TimestampMicrosecondArray::from_iter_values(starts).with_timezone("UTC");
+    let columns: Vec<ArrayRef> =
+        vec![Arc::new(k), Arc::new(s), Arc::new(u), Arc::new(a), Arc::new(f), Arc::new(w)];
+    let rows = RecordBatch::try_new(schema(), columns).unwrap();
     let offset = Int64Array::from_iter_values(first..first + count as i64);
     ChangeBatch::append(rows, Origin { time, place: Int64Array::from(vec![0; count]), offset })
 }
@@ -162,7 +173,7 @@ async fn accumulated_changes_are_the_batch_answer() {
         let mut saved: Option<(Bag, BTreeMap<String, String>, usize)> = None;
         for _ in 0..1 + dice.roll(12) {
             let count = dice.roll(40) as usize;
-            let input = random(&mut dice, count, batches.len() as i64 * 100);
+            let input = random(&mut dice, count, batches.len() as i64 * 100, 0);
             let pushed = group.push(&input).unwrap();
             newest(&mut latest, pushed.latest.as_ref(), keys.len());
             if let Some(out) = pushed.changes {
@@ -200,7 +211,7 @@ fn nothing_is_said_of_rows_that_stay_the_same() {
     spec.calls = vec![spec.calls[1].clone()];
     let mut group = Group::new(spec).unwrap();
     let input = |flag: bool, offset: i64| {
-        let mut batch = random(&mut Dice(1), 1, offset);
+        let mut batch = random(&mut Dice(1), 1, offset, 0);
         let mut columns = batch.rows.columns().to_vec();
         columns[0] = Arc::new(Int64Array::from(vec![7]));
         columns[2] = Arc::new(Int64Array::from(vec![1]));
@@ -216,4 +227,66 @@ fn nothing_is_said_of_rows_that_stay_the_same() {
     assert_eq!(second.weights.unwrap().values().to_vec(), [-1, 1]);
     assert_eq!(second.origin.offset.values().to_vec(), [1, 2]);
     assert_eq!(group.len(), 1);
+}
+
+fn windowed(keys: &[usize]) -> Panes {
+    let closing = keys.iter().position(|key| *key == 5).map(|key| Closing { key, bound: WINDOW });
+    Panes::new(GroupSpec { closing, want_final: true, ..spec(keys) }).unwrap()
+}
+
+/// Rows that the watermark has not passed, cuts, restarts: closed windows are the batch answer, each once; what
+/// changed adds up to it too, and so do the newest rows.
+#[tokio::test]
+async fn closed_windows_are_the_batch_answer() {
+    let cases: u64 = std::env::var("MILLSTREAM_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(64);
+    let session = SessionContext::new();
+    for seed in 0..cases {
+        let mut dice = Dice(seed);
+        let keys: &[usize] = [&[0, 5][..], &[5], &[5, 1]][dice.roll(3) as usize];
+        let mut panes = windowed(keys);
+        let (mut snapshots, mut finals, mut bag) = (Vec::new(), Bag::new(), Bag::new());
+        let (mut batches, mut watermark, mut open) = (Vec::new(), 0, 0);
+        let mut latest: BTreeMap<String, String> = BTreeMap::new();
+        let mut saved = (finals.clone(), bag.clone(), latest.clone(), 0, 0);
+        for _ in 0..1 + dice.roll(12) {
+            let count = 1 + dice.roll(40) as usize;
+            let input = random(&mut dice, count, batches.len() as i64 * 100, watermark);
+            let pushed = panes.push(&input).unwrap();
+            newest(&mut latest, pushed.latest.as_ref(), keys.len());
+            if let Some(out) = pushed.changes {
+                add(&mut bag, &out.rows, out.weights.as_ref());
+            }
+            batches.push(input.rows);
+            watermark += dice.roll(60) as i64;
+            for out in panes.advance(watermark).unwrap() {
+                assert!(out.origin.time.values().iter().all(|time| time + WINDOW <= watermark));
+                add(&mut finals, &out.rows, None);
+            }
+            open = open.max(panes.len());
+            if dice.roll(3) == 0 {
+                let full = dice.roll(3) == 0;
+                if full {
+                    snapshots.clear();
+                }
+                snapshots.extend(panes.snapshot(full).unwrap());
+                saved = (finals.clone(), bag.clone(), latest.clone(), batches.len(), watermark);
+            }
+            if dice.roll(5) == 0 {
+                panes = windowed(keys);
+                let length;
+                (finals, bag, latest, length, watermark) = saved.clone();
+                panes.restore(&snapshots, watermark).unwrap();
+                batches.truncate(length);
+            }
+        }
+        let whole = match batches.is_empty() {
+            true => Bag::new(),
+            false => expected(&session, &batches, keys).await,
+        };
+        assert_eq!(bag, whole, "seed {seed}: changes");
+        assert_eq!(latest.into_values().map(|row| (row, 1)).collect::<Bag>(), whole, "seed {seed}: latest");
+        panes.advance(END_OF_TIME).unwrap().iter().for_each(|out| add(&mut finals, &out.rows, None));
+        assert_eq!(finals, whole, "seed {seed}: final");
+        assert!(panes.is_empty() && panes.snapshot(true).unwrap().is_none());
+    }
 }
