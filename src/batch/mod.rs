@@ -114,26 +114,7 @@ async fn register(
         return register_sink(session, sink, state).await;
     }
     if let Some(table) = catalog.table(name) {
-        let mut options = table.options.clone();
-        let connector = options.required("connector")?;
-        let location = options.required("location")?;
-        match connector.as_str() {
-            #[cfg(feature = "delta")]
-            "delta" => {
-                session.register_table(
-                    quoted(name),
-                    crate::connectors::delta::table::provider(&location).await?,
-                )?;
-            }
-            "parquet" => session.register_parquet(quoted(name), location, Default::default()).await?,
-            "csv" => session.register_csv(quoted(name), location, Default::default()).await?,
-            "ndjson" => session.register_json(quoted(name), location, Default::default()).await?,
-            other => {
-                return Err(Error::user(format!("table {name}: connector '{other}' is not known"))
-                    .hint("Tables are read by 'delta', 'parquet', 'csv' and 'ndjson'.")
-                    .at(table.place.clone()));
-            }
-        }
+        crate::plan::tables::register(session, table).await?;
         return Ok(());
     }
     if catalog.source(name).is_some() || catalog.view(name).is_some() {

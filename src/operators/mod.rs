@@ -1,6 +1,7 @@
 //! Pure and synchronous: changes in, changes out. No clock, no I/O, no tasks. One file or folder per operator.
 
 pub mod group;
+pub mod lookup;
 pub mod newest;
 pub mod over;
 mod slots;

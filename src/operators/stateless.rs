@@ -135,7 +135,7 @@ pub fn evaluate(
 }
 
 /// On which rows the predicate is true; those on which it fails are reported and count as not true.
-fn decide(
+pub(super) fn decide(
     predicate: &Arc<dyn PhysicalExpr>,
     batch: &ChangeBatch,
     failed: &mut Failed,

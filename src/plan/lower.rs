@@ -7,6 +7,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use datafusion::common::DFSchema;
+use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::logical_expr::{Distinct, Expr, LogicalPlan, Projection, TableScan, Union, Unnest};
 use datafusion::physical_plan::PhysicalExpr;
 use datafusion::physical_plan::expressions::{CastExpr, Column as PhysicalColumn};
@@ -16,6 +18,7 @@ use crate::error::{Error, Place, Result};
 use crate::plan::closing::{Closes, Origins};
 use crate::plan::window::contains_window;
 use crate::plan::{Edge, Node, NodeId, NodeKind, StreamPlan};
+use crate::sql::CreateTable;
 use crate::stream::{Port, timestamp_type};
 
 /// Which rows of a view a sink wants (DESIGN §3 *Emissions*).
@@ -70,6 +73,8 @@ impl Lowered {
 /// Builds one [`StreamPlan`] from several sinks; equal OVER nodes are shared.
 pub struct Lowering<'a> {
     session: &'a SessionContext,
+    /// The bounded tables of the catalog.
+    pub(super) tables: &'a [CreateTable],
     pub plan: StreamPlan,
     sources: HashMap<String, (NodeId, Option<usize>)>,
     shared: HashMap<(LogicalPlan, Emission), Lowered>,
@@ -77,9 +82,10 @@ pub struct Lowering<'a> {
 }
 
 impl<'a> Lowering<'a> {
-    pub fn new(session: &'a SessionContext) -> Self {
+    pub fn new(session: &'a SessionContext, tables: &'a [CreateTable]) -> Self {
         Self {
             session,
+            tables,
             plan: StreamPlan::default(),
             sources: HashMap::new(),
             shared: HashMap::new(),
@@ -89,7 +95,7 @@ impl<'a> Lowering<'a> {
 
     /// An empty plan over the same sources.
     pub fn scratch(&self) -> Self {
-        let mut scratch = Self::new(self.session);
+        let mut scratch = Self::new(self.session, self.tables);
         for node in &self.plan.nodes {
             if let NodeKind::Source(source) = &node.kind {
                 scratch.add_source(source.clone());
@@ -130,6 +136,11 @@ impl<'a> Lowering<'a> {
         if let Some(done) = self.shared.get(&known) {
             return Ok(done.clone());
         }
+        if has_subquery(plan)? {
+            let hint = "Write it as a JOIN with a table; NOT IN as a LEFT JOIN with WHERE key IS NULL.";
+            let message = format!("{view}: a subquery in an expression cannot run as a stream yet");
+            return Err(Error::user(message).hint(hint).at(place.clone()));
+        }
         let closes = contains_window(plan);
         let done = self.step(plan, emission, closes, view, place)?;
         self.shared.insert(known, done.clone());
@@ -148,7 +159,7 @@ impl<'a> Lowering<'a> {
             let place = crate::sql::place::find_word(at, word).unwrap_or_else(|| at.clone());
             Err(Error::user(format!("{view}: {what} cannot run as a stream yet")).hint(hint).at(place))
         };
-        let later = "This version runs SELECT, WHERE, GROUP BY, scalar functions and OVER windows; the rest comes step by step.";
+        let later = "This version runs SELECT, WHERE, GROUP BY, TUMBLE and HOP, OVER windows, look-up joins, UNION ALL and UNNEST; the rest comes step by step.";
         match plan {
             LogicalPlan::TableScan(scan) => self.scan(scan, closes, view, at),
             LogicalPlan::SubqueryAlias(alias) => self.step(&alias.input, e, closes, alias.alias.table(), at),
@@ -170,7 +181,7 @@ impl<'a> Lowering<'a> {
                 "A stream has no end to sort at; sort in the query that reads the sink.",
             ),
             LogicalPlan::Limit(_) => refuse("LIMIT", "LIMIT", "A stream has no first rows to stop after."),
-            LogicalPlan::Join(_) => refuse("JOIN", "JOIN", later),
+            LogicalPlan::Join(join) => self.join(join, e, closes, view, at),
             LogicalPlan::Union(union) => self.union(union, e, closes, view, at),
             LogicalPlan::Distinct(Distinct::All(input)) => self.distinct(input, e, view, at),
             LogicalPlan::Distinct(Distinct::On(_)) => refuse("DISTINCT ON", "DISTINCT", later),
@@ -367,16 +378,41 @@ impl<'a> Lowering<'a> {
         Ok(Lowered { node, time: lowered.time.and_then(from), keys, dealt, closes, ..lowered.clone() })
     }
 
+    pub(super) fn is_source(&self, name: &str) -> bool {
+        self.sources.contains_key(name)
+    }
+
+    pub(super) fn physical_over(&self, expr: &Expr, schema: &DFSchema) -> Result<Arc<dyn PhysicalExpr>> {
+        Ok(self.session.state().create_physical_expr(expr.clone().unalias_nested().data, schema)?)
+    }
+
     pub(super) fn physical(&self, expr: &Expr, input: &LogicalPlan) -> Result<Arc<dyn PhysicalExpr>> {
         let schema = input.schema();
         Ok(self.session.state().create_physical_expr(expr.clone().unalias_nested().data, schema)?)
     }
 }
 
+fn has_subquery(plan: &LogicalPlan) -> Result<bool> {
+    let mut found = false;
+    plan.apply(|node| {
+        node.apply_expressions(|expr| {
+            use Expr::{Exists, InSubquery, ScalarSubquery, SetComparison};
+            found |= expr.exists(|e| {
+                Ok(matches!(e, Exists(_) | InSubquery(_) | ScalarSubquery(_) | SetComparison(_)))
+            })?;
+            Ok(TreeNodeRecursion::Continue)
+        })
+    })?;
+    Ok(found)
+}
+
 fn same_kind(a: &NodeKind, b: &NodeKind) -> bool {
     match (a, b) {
         (NodeKind::Filter { predicate: a, .. }, NodeKind::Filter { predicate: b, .. }) => a == b,
         (NodeKind::Project { exprs: a, .. }, NodeKind::Project { exprs: b, .. }) => a == b,
+        (NodeKind::Lookup { spec: a, table: b, .. }, NodeKind::Lookup { spec: c, table: d, .. }) => {
+            a.same(c) && b.plan == d.plan
+        }
         (
             NodeKind::Unnest { columns: a, list: b, keep_empty: c, .. },
             NodeKind::Unnest { columns: d, list: e, keep_empty: f, .. },

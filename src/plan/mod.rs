@@ -8,11 +8,13 @@
 
 mod closing;
 mod group;
+mod join;
 pub mod lower;
 mod prepared;
 pub mod session;
 pub mod sinks;
 pub mod source;
+pub mod tables;
 pub mod views;
 mod window;
 
@@ -23,11 +25,13 @@ use arrow::datatypes::SchemaRef;
 use datafusion::physical_plan::PhysicalExpr;
 
 use crate::operators::group::GroupSpec;
+use crate::operators::lookup::LookupSpec;
 use crate::operators::over::OverSpec;
 use crate::stream::Port;
 
 pub use sinks::{OnlineKind, SinkKind, SinkPlan};
 pub use source::{SourceKind, SourcePlan};
+use tables::BoundedTable;
 
 /// Index of a node in its plan. Inputs come before the nodes that read them.
 pub type NodeId = usize;
@@ -68,6 +72,12 @@ pub enum NodeKind {
     Group(GroupSpec),
     /// UNION ALL of stateless branches.
     Union,
+    /// Join with a bounded table.
+    Lookup {
+        spec: LookupSpec,
+        table: BoundedTable,
+        view: Arc<str>,
+    },
     /// One row per element of a list.
     Unnest {
         /// Input column of each output column; that of the list stands for its elements.
@@ -143,6 +153,7 @@ impl StreamPlan {
             }
             NodeKind::Over(spec) => format!("Over: {}", describe_over(spec)),
             NodeKind::Union => "Union".to_owned(),
+            NodeKind::Lookup { spec, table, .. } => describe_lookup(spec, table, &columns()),
             NodeKind::Unnest { columns, list, .. } => {
                 let of = columns.iter().position(|column| column == list).unwrap_or_default();
                 format!("Unnest: {}", node.schema.field(of).name())
@@ -171,6 +182,17 @@ fn describe_group(spec: &GroupSpec) -> String {
         format!(", closed at {} + {bound}", keys[closing.key])
     });
     format!("by {} [{}]{}", keys.join(", "), calls.join("; "), closes.unwrap_or_default())
+}
+
+/// `columns`: of the joined rows.
+fn describe_lookup(spec: &LookupSpec, table: &BoundedTable, columns: &[&str]) -> String {
+    let first = if spec.stream_first { 0 } else { columns.len() - spec.width };
+    let key = |key: &usize| if *key < spec.width { columns[first + key] } else { "an expression" };
+    let keys: Vec<&str> = spec.keys.iter().map(key).collect();
+    let join = if spec.outer { "left join" } else { "join" };
+    let filter = spec.filter.as_ref().map(|filter| format!(" and {filter}")).unwrap_or_default();
+    let refresh = table.refresh.map(|every| format!(", read again every {every:?} (not replayable)"));
+    format!("Lookup: {join} {} by {}{filter}{}", table.name(), keys.join(", "), refresh.unwrap_or_default())
 }
 
 fn describe_over(spec: &OverSpec) -> String {

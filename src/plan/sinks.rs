@@ -79,11 +79,11 @@ pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
     }
     check_history(catalog, &sources)?;
     let mut views = ViewPlanner::new(&session, catalog, &sources);
-    let mut lowering = Lowering::new(&session);
+    let mut lowering = Lowering::new(&session, &catalog.tables);
     let mut source: Option<String> = None;
     for sink in catalog.sinks.iter().filter(|sink| only.is_empty() || only.contains(&sink.name)) {
         let plan = sink_input(&mut views, sink).await?;
-        for name in scanned(&plan) {
+        for name in scanned(&plan).into_iter().filter(|name| sources.contains_key(name)) {
             match &source {
                 Some(known) if *known != name => {
                     let message = format!("the sinks of one pipeline read two sources, {known} and {name}");
@@ -117,7 +117,7 @@ pub async fn check_views(catalog: &Catalog) -> Result<()> {
     let mut views = ViewPlanner::new(&session, catalog, &sources);
     for view in &catalog.views {
         let plan = views.relation(&view.name, &view.place).await?;
-        let mut lowering = Lowering::new(&session);
+        let mut lowering = Lowering::new(&session, &catalog.tables);
         for name in scanned(&plan) {
             if let Some(source) = sources.get(&name) {
                 lowering.add_source(source.as_ref().clone());

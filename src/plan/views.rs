@@ -95,9 +95,7 @@ impl<'a> ViewPlanner<'a> {
         }
         let Some(view) = self.catalog.view(name) else {
             return match self.catalog.table(name) {
-                Some(table) => Err(Error::user(format!("the table {name} cannot be joined to a stream yet"))
-                    .hint("Look-up joins come with a later version; query the table with `millstream query`.")
-                    .at(table.place.clone())),
+                Some(table) => crate::plan::tables::register(self.session, table).await,
                 // A common table expression has no name in the catalog; what is nowhere DataFusion refuses.
                 None => Ok(()),
             };

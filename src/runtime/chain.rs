@@ -10,9 +10,11 @@ use arrow::array::{ArrayRef, RecordBatch};
 use tokio::sync::mpsc::Sender;
 
 use crate::error::{Error, Result};
+use crate::operators::lookup::lookup;
 use crate::operators::stateless::{Failed, filter, filter_newest, project, unnest};
 use crate::plan::{NodeId, NodeKind, StreamPlan};
 use crate::runtime::letters;
+use crate::runtime::lookups::Lookups;
 use crate::state::keys::{hash_keys, scatter};
 use crate::stream::{ChangeBatch, DeadLetter, Message, Port, Positions, Stage};
 
@@ -35,6 +37,7 @@ pub struct Chain {
     /// Outlet of an edge, by the node that reads it.
     by_reader: HashMap<NodeId, usize>,
     topics: Vec<Arc<str>>,
+    lookups: Arc<Lookups>,
     hashes: Vec<u64>,
     /// Rows on which a view's expression failed, since they were last taken.
     pub dead: Vec<DeadLetter>,
@@ -42,10 +45,15 @@ pub struct Chain {
 
 impl Chain {
     /// `outlets` by the id of the node that reads them.
-    pub fn new(plan: Arc<StreamPlan>, outlets: Vec<(NodeId, Outlet)>, topics: Vec<Arc<str>>) -> Self {
+    pub fn new(
+        plan: Arc<StreamPlan>,
+        outlets: Vec<(NodeId, Outlet)>,
+        topics: Vec<Arc<str>>,
+        lookups: Arc<Lookups>,
+    ) -> Self {
         let by_reader = outlets.iter().enumerate().map(|(at, (reader, _))| (*reader, at)).collect();
         let outlets = outlets.into_iter().map(|(_, outlet)| outlet).collect();
-        Self { plan, outlets, by_reader, topics, hashes: Vec::new(), dead: Vec::new() }
+        Self { plan, outlets, by_reader, topics, lookups, hashes: Vec::new(), dead: Vec::new() }
     }
 
     /// Whether anybody reads this port of the stage's first node.
@@ -85,6 +93,11 @@ impl Chain {
                 NodeKind::Filter { predicate, view } => (filter(predicate, batch, &mut failed)?, view),
                 NodeKind::Project { exprs, view } => {
                     (project(exprs, &plan.nodes[reader].schema, batch, &mut failed)?, view)
+                }
+                NodeKind::Lookup { spec, view, .. } => {
+                    let table = self.lookups.get(&reader).map(|table| Arc::clone(&table.borrow()));
+                    let table = table.ok_or_else(|| Error::internal("a look-up table was not read"))?;
+                    (lookup(spec, &table, batch, port == Port::Latest, &mut failed)?, view)
                 }
                 NodeKind::Unnest { columns, list, keep_empty, view } => {
                     let schema = &plan.nodes[reader].schema;

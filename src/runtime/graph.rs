@@ -100,6 +100,7 @@ impl Graph<'_> {
             match &self.plan.nodes[reader].kind {
                 NodeKind::Filter { .. }
                 | NodeKind::Project { .. }
+                | NodeKind::Lookup { .. }
                 | NodeKind::Unnest { .. }
                 | NodeKind::Union => {
                     self.edges(reader, found);
@@ -136,7 +137,10 @@ impl Graph<'_> {
         }
         outlets
             .into_iter()
-            .map(|outlets| Chain::new(Arc::clone(&self.plan), outlets, topics.clone()))
+            .map(|outlets| {
+                let lookups = Arc::clone(&self.world.lookups);
+                Chain::new(Arc::clone(&self.plan), outlets, topics.clone(), lookups)
+            })
             .collect()
     }
 

@@ -11,6 +11,7 @@ mod grouped;
 pub mod inbox;
 mod keyed;
 mod letters;
+mod lookups;
 mod online;
 pub mod report;
 mod sinks;

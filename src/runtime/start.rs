@@ -13,6 +13,7 @@ use crate::connectors::memory::MemoryStore;
 use crate::connectors::{OnlineStore, PartitionInfo, SourceConnector, files};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, NodeKind, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
+use crate::runtime::lookups::Lookups;
 use crate::runtime::tables::Tables;
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
@@ -35,6 +36,8 @@ pub struct World {
     pub ends: Positions,
     pub tables: Tables,
     pub online: BTreeMap<NodeId, Online>,
+    /// Tables of look-up joins.
+    pub lookups: Arc<Lookups>,
 }
 
 /// An online store, reached and, unless it was emptied, fenced.
@@ -61,6 +64,7 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
     let (source, embedded) = connector(source_plan, name, latest.as_ref())?;
     let partitions = source.partitions().await?;
     let online = online_stores(plan, name).await?;
+    let lookups = Arc::new(crate::runtime::lookups::open(plan).await?);
     let mut tables = Tables::open(plan, name, latest.as_ref(), state).await?;
     if let Some(latest) = &latest {
         check_fingerprints(plan, latest)?;
@@ -79,7 +83,7 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
     }
     let positions = positions(&manifest, source_plan, source.as_ref(), &partitions).await?;
     let ends = partitions.iter().map(|p| (Place::new(0, p.topic, p.partition), p.high)).collect();
-    Ok(World { store, manifest, orphans, source, embedded, positions, ends, tables, online: fenced })
+    Ok(World { store, manifest, orphans, source, embedded, positions, ends, tables, online: fenced, lookups })
 }
 
 /// Opens the source; a generator keeps the start of its first run.

@@ -152,7 +152,7 @@ impl KeyIndex {
     ///
     /// # Errors
     /// Internal: other column types or lengths than declared.
-    pub fn lookup(&mut self, columns: &[ArrayRef], hashes: &[u64], slots: &mut Vec<u32>) -> Result<()> {
+    pub fn lookup(&self, columns: &[ArrayRef], hashes: &[u64], slots: &mut Vec<u32>) -> Result<()> {
         self.check(columns, hashes)?;
         slots.clear();
         slots.reserve(hashes.len());
@@ -171,9 +171,10 @@ impl KeyIndex {
                 }
             }
             Keys::Rows(rows) => {
-                rows.load(columns)?;
+                let columns = columns.iter().map(canonical).collect::<Result<Vec<_>>>()?;
+                let wanted = rows.converter.convert_columns(&columns)?;
                 for (row, &hash) in hashes.iter().enumerate() {
-                    let key = rows.batch.row(row);
+                    let key = wanted.row(row);
                     let same = |slot: &u32| {
                         known[*slot as usize] == hash && rows.stored.row(*slot as usize).data() == key.data()
                     };
