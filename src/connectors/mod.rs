@@ -9,6 +9,7 @@ pub mod blackhole;
 pub mod console;
 #[cfg(feature = "delta")]
 pub mod delta;
+pub mod file_source;
 pub mod files;
 pub mod formats;
 pub mod generator;

@@ -162,21 +162,26 @@ impl Lowering<'_> {
     }
 }
 
-/// The group closes by the key that closes first; the rows are dealt out by the other keys, if there are any.
-fn spec_of(input: SchemaRef, keys: Vec<usize>, calls: Vec<Aggregate>, below: &Lowered) -> GroupSpec {
+/// The key that closes first.
+pub(super) fn closing_key(keys: &[usize], input: &Schema, closes: &[Option<Closes>]) -> Option<Closing> {
     let micros = |column: usize| {
         use TimeUnit::{Microsecond, Nanosecond};
         matches!(input.field(column).data_type(), DataType::Timestamp(Microsecond | Nanosecond, _))
     };
     let known = keys.iter().enumerate().filter(|(_, column)| micros(**column));
     let known: Vec<(usize, Closes)> =
-        known.filter_map(|(key, column)| Some((key, below.closes[*column]?))).collect();
+        known.filter_map(|(key, column)| Some((key, closes[*column]?))).collect();
     // Of window_start and window_end, the start: the greatest bound of its origin.
     let start =
         |of: &Closes| known.iter().map(|(_, c)| *c).filter(|c| c.same_origin(of)).map(|c| c.bound).max();
     let starts = known.iter().filter(|(_, closes)| start(closes) == Some(closes.bound));
     let first = starts.min_by_key(|(_, closes)| closes.bound);
-    let closing = first.map(|(key, closes)| Closing { key: *key, bound: closes.bound });
+    first.map(|(key, closes)| Closing { key: *key, bound: closes.bound })
+}
+
+/// The group closes by the key that closes first; the rows are dealt out by the other keys, if there are any.
+fn spec_of(input: SchemaRef, keys: Vec<usize>, calls: Vec<Aggregate>, below: &Lowered) -> GroupSpec {
+    let closing = closing_key(&keys, &input, &below.closes);
     let others = (0..keys.len()).filter(|key| below.closes[keys[*key]].is_none());
     let mut exchange: Vec<usize> = others.collect();
     if closing.is_none() || exchange.is_empty() {

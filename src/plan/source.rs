@@ -13,6 +13,7 @@ use datafusion::physical_plan::PhysicalExpr;
 use datafusion::prelude::SessionContext;
 use sqlparser::ast::ExprWithAlias;
 
+use crate::connectors::file_source::FilesConfig;
 use crate::connectors::formats::OnError;
 use crate::connectors::generator::GeneratorConfig;
 #[cfg(feature = "kafka")]
@@ -27,6 +28,7 @@ pub enum SourceKind {
     #[cfg(feature = "kafka")]
     Kafka(KafkaSourceConfig),
     Generator(GeneratorConfig),
+    Files(FilesConfig),
 }
 
 #[derive(Debug, Clone)]
@@ -78,6 +80,7 @@ impl SourcePlan {
         let on_error = match &kind {
             #[cfg(feature = "kafka")]
             SourceKind::Kafka(config) => config.on_error,
+            SourceKind::Files(config) => config.on_error,
             SourceKind::Generator(_) => OnError::Fail,
         };
         options.finish().map_err(|error| error.at(source.place.clone()))?;
@@ -131,9 +134,13 @@ fn connector_of(
             let config = GeneratorConfig::from_options(options, physical).map_err(placed)?;
             Ok((SourceKind::Generator(config), false))
         }
+        "files" => {
+            let config = FilesConfig::from_options(options, Arc::clone(physical)).map_err(placed)?;
+            Ok((SourceKind::Files(config), true))
+        }
         other => Err(placed(
             Error::user(format!("source {}: connector '{other}' is not known", source.name))
-                .hint("Sources are read by 'kafka' and 'generator'."),
+                .hint("Sources are read by 'kafka', 'files' and 'generator'."),
         )),
     }
 }
@@ -204,6 +211,7 @@ impl fmt::Display for SourcePlan {
         match &self.kind {
             #[cfg(feature = "kafka")]
             SourceKind::Kafka(config) => write!(f, "kafka topic {}", config.topic)?,
+            SourceKind::Files(config) => write!(f, "files {}", config.path)?,
             SourceKind::Generator(_) => f.write_str("generator")?,
         }
         match self.event_time {

@@ -11,6 +11,7 @@ use datafusion::logical_expr::{
 
 use crate::error::{Error, Place, Result};
 use crate::operators::over::{Frame, Function, OverSpec, WindowCall};
+use crate::plan::group::closing_key;
 use crate::plan::lower::{Emission, Lowered, Lowering};
 use crate::plan::prepared::Prepared;
 use crate::plan::{Edge, NodeKind};
@@ -60,8 +61,10 @@ impl Lowering<'_> {
             .map(|(i, function)| prepared.call(function, Arc::clone(&fields[first + i])))
             .collect::<Result<_>>()?;
         let (input, width) = prepared.finish();
+        let schema = Arc::clone(&self.plan.nodes[input.node].schema);
         let spec = OverSpec {
-            input: Arc::clone(&self.plan.nodes[input.node].schema),
+            closing: closing_key(&keys, &schema, &input.closes),
+            input: schema,
             partition_by: keys.clone(),
             calls,
             want_final: false,
@@ -153,8 +156,9 @@ impl Prepared<'_, '_> {
             "avg" => Function::Avg,
             "min" => Function::Min,
             "max" => Function::Max,
+            "row_number" => Function::RowNumber,
             _ => {
-                let hint = "OVER windows know count, sum, avg, min and max so far.";
+                let hint = "OVER windows know count, sum, avg, min, max and row_number so far.";
                 return Err(self.refuse(format!("{name}() OVER cannot run as a stream yet"), &name, hint));
             }
         };
@@ -167,8 +171,12 @@ impl Prepared<'_, '_> {
             ));
         }
         self.order(window)?;
-        let frame = self.frame(window)?;
+        let frame = match function {
+            Function::RowNumber => Frame::Unbounded,
+            _ => self.frame(window)?,
+        };
         let argument = match &params.args[..] {
+            [] if function == Function::RowNumber => None,
             [Expr::Literal(value, _)] if function == Function::Count && !value.is_null() => None,
             [argument] => Some(self.column(argument)?),
             _ => {
@@ -186,7 +194,11 @@ impl Prepared<'_, '_> {
             let hint = "Cast the argument to DOUBLE or BIGINT.";
             return Err(self.refuse(format!("{name}({of}) OVER cannot run as a stream yet"), &name, hint));
         };
-        let output = Arc::new(Field::new(output.name(), result, function != Function::Count));
+        let output = Arc::new(Field::new(
+            output.name(),
+            result,
+            !matches!(function, Function::Count | Function::RowNumber),
+        ));
         Ok(WindowCall { function, argument, filter, frame, output })
     }
 

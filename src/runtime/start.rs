@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use arrow::array::RecordBatch;
 
+use crate::connectors::file_source::FileSource;
 use crate::connectors::memory::MemoryStore;
 use crate::connectors::{OnlineStore, PartitionInfo, SourceConnector, files};
 use crate::error::{Error, Result};
@@ -61,7 +62,7 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
     files::probe(&located).await?;
     let store = Arc::new(StateStore::new(located.store, object_store::path::Path::default(), Clock));
     let latest = store.latest().await?;
-    let (source, embedded) = connector(source_plan, name, latest.as_ref())?;
+    let (source, embedded) = connector(source_plan, name, latest.as_ref()).await?;
     let partitions = source.partitions().await?;
     let online = online_stores(plan, name).await?;
     let lookups = Arc::new(crate::runtime::lookups::open(plan).await?);
@@ -86,8 +87,8 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
     Ok(World { store, manifest, orphans, source, embedded, positions, ends, tables, online: fenced, lookups })
 }
 
-/// Opens the source; a generator keeps the start of its first run.
-fn connector(
+/// Opens the source; a generator keeps the start of its first run, files their names.
+async fn connector(
     source: &SourcePlan,
     #[cfg_attr(not(feature = "kafka"), expect(unused_variables, reason = "the name of a consumer group"))]
     name: &str,
@@ -101,6 +102,14 @@ fn connector(
             (config.keep_key, config.keep_payload) = (true, true);
             let group = format!("millstream-{name}-{}", source.name);
             Ok((Arc::new(crate::connectors::kafka::KafkaSource::new(&source.name, &group, config)?), None))
+        }
+        SourceKind::Files(config) => {
+            let kept = latest.and_then(|manifest| manifest.sources.get(&source.name)?.embedded.clone());
+            let known: Vec<String> =
+                kept.and_then(|names| serde_json::from_value(names).ok()).unwrap_or_default();
+            let files = FileSource::open(&source.name, config.clone(), &known).await?;
+            let names = files.names().into();
+            Ok((Arc::new(files), Some(names)))
         }
         SourceKind::Generator(config) => {
             let kept =

@@ -7,6 +7,8 @@ mod json_columns;
 pub mod json_decode;
 pub mod json_encode;
 mod json_scan;
+pub mod json_split;
+pub mod records;
 mod values;
 
 use arrow::datatypes::DataType;

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{BinaryBuilder, Int32Array, Int64Array, Int64Builder};
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 use rdkafka::consumer::{CommitMode, Consumer};
@@ -18,10 +17,10 @@ use super::batch::{BatchConsumer, Event, Record};
 use super::config::{KafkaSourceConfig, ScanStartup};
 use super::{Context, REACH_TIMEOUT, blocking, created, topic_partitions, unreachable};
 use crate::connectors::formats::json_decode::JsonDecoder;
-use crate::connectors::formats::{OnError, RecordError};
+use crate::connectors::formats::records::{Intent, Raw, Records};
 use crate::connectors::{PartitionInfo, SourceBatch, SourceConnector, SourceReader};
 use crate::error::{Error, Result};
-use crate::stream::{DeadLetter, Place, Positions, Stage};
+use crate::stream::{Place, Positions};
 
 /// After the first record of a poll, how long to wait for more: a fetch brings many at once.
 const GATHER: Duration = Duration::from_millis(1);
@@ -147,7 +146,14 @@ impl KafkaSource {
         consumer.assign(&self.topic, &positions).map_err(|error| {
             Error::external(format!("topic {} at {servers} cannot be assigned", self.topic)).because(error)
         })?;
-        let columns = Collected::new(&self.config)?;
+        let intent = Intent {
+            name: Arc::clone(&self.name),
+            topic: Arc::clone(&self.topic),
+            on_error: self.config.on_error,
+            keep_key: self.config.keep_key,
+            keep_payload: self.config.keep_payload,
+        };
+        let columns = Records::new(Arc::clone(&self.config.columns), intent)?;
         let source = self.clone();
         Ok(KafkaReader { consumer, source, intake: Intake { partitions, last: 0, columns } })
     }
@@ -236,21 +242,7 @@ struct Intake {
     partitions: Vec<Progress>,
     /// The partition of the last event: fetches come in runs of one partition.
     last: usize,
-    columns: Collected,
-}
-
-/// What a poll has collected so far.
-struct Collected {
-    decoder: JsonDecoder,
-    partition: Vec<i32>,
-    offset: Vec<i64>,
-    timestamp: Int64Builder,
-    key: Option<BinaryBuilder>,
-    payload: Option<BinaryBuilder>,
-    dead: Vec<DeadLetter>,
-    tombstones: u64,
-    skipped: u64,
-    missing_offsets: u64,
+    columns: Records,
 }
 
 /// A partition that cannot be read on as it is.
@@ -320,7 +312,7 @@ impl SourceReader for KafkaReader {
         let mut troubles = Vec::new();
         for event in messages.events() {
             match event {
-                Event::Record(record) => self.intake.record(&record, &self.source)?,
+                Event::Record(record) => self.intake.record(&record)?,
                 Event::End { partition, offset } => self.intake.end(partition, offset),
                 Event::Error { partition, code, text } => {
                     troubles.push(Trouble { partition, code, text });
@@ -390,7 +382,7 @@ impl Intake {
     }
 
     #[inline]
-    fn record(&mut self, record: &Record<'_>, source: &KafkaSource) -> Result<()> {
+    fn record(&mut self, record: &Record<'_>) -> Result<()> {
         // What is still queued of a partition that is not ours (any more) is not ours to read.
         let Some(offset) = self.advance(record.partition, record.offset + 1, 1) else { return Ok(()) };
         let columns = &mut self.columns;
@@ -401,19 +393,8 @@ impl Intake {
                 return Ok(());
             }
         };
-        if let Err(fault) = columns.decoder.push(payload) {
-            return columns.refuse(record, offset, fault, source);
-        }
-        columns.partition.push(record.partition);
-        columns.offset.push(offset);
-        columns.timestamp.append_option(record.timestamp);
-        if let Some(keys) = &mut columns.key {
-            keys.append_option(record.key);
-        }
-        if let Some(payloads) = &mut columns.payload {
-            payloads.append_value(payload);
-        }
-        Ok(())
+        let (partition, timestamp, key) = (record.partition, record.timestamp, record.key);
+        columns.push(Raw { partition, offset, timestamp, key, payload })
     }
 
     fn finish(&mut self) -> Result<Option<SourceBatch>> {
@@ -430,77 +411,5 @@ impl Intake {
             return Ok(None);
         }
         self.columns.finish(reached, at_end).map(Some)
-    }
-}
-
-impl Collected {
-    fn new(config: &KafkaSourceConfig) -> Result<Self> {
-        Ok(Self {
-            decoder: JsonDecoder::new(Arc::clone(&config.columns))?,
-            partition: Vec::new(),
-            offset: Vec::new(),
-            timestamp: Int64Builder::new(),
-            key: config.keep_key.then(BinaryBuilder::new),
-            payload: config.keep_payload.then(BinaryBuilder::new),
-            dead: Vec::new(),
-            tombstones: 0,
-            skipped: 0,
-            missing_offsets: 0,
-        })
-    }
-
-    #[cold]
-    fn refuse(
-        &mut self,
-        record: &Record<'_>,
-        offset: i64,
-        fault: RecordError,
-        source: &KafkaSource,
-    ) -> Result<()> {
-        let topic = &source.topic;
-        match source.config.on_error {
-            OnError::Skip => self.skipped += 1,
-            OnError::Fail => {
-                let message = format!(
-                    "topic {topic}, partition {}, offset {offset}: the record is no row ({}): {}",
-                    record.partition, fault.kind, fault.message
-                );
-                return Err(Error::external(message).hint(
-                    "With on_error = 'dead_letter' such records are kept aside and the pipeline goes on.",
-                ));
-            }
-            OnError::DeadLetter => self.dead.push(DeadLetter {
-                stage: Stage::Decode,
-                at: Arc::clone(&source.name),
-                topic: Arc::clone(topic),
-                partition: record.partition,
-                offset,
-                timestamp_ms: record.timestamp,
-                key: record.key.map(<[u8]>::to_vec),
-                payload: record.payload.map(<[u8]>::to_vec),
-                error: fault.message,
-                kind: fault.kind,
-            }),
-        }
-        Ok(())
-    }
-
-    fn finish(&mut self, reached: Positions, at_end: Vec<Place>) -> Result<SourceBatch> {
-        let rows = self.decoder.finish()?;
-        let room = rows.num_rows();
-        Ok(SourceBatch {
-            rows,
-            partition: Int32Array::from(std::mem::replace(&mut self.partition, Vec::with_capacity(room))),
-            offset: Int64Array::from(std::mem::replace(&mut self.offset, Vec::with_capacity(room))),
-            timestamp: self.timestamp.finish(),
-            key: self.key.as_mut().map(BinaryBuilder::finish),
-            payload: self.payload.as_mut().map(BinaryBuilder::finish),
-            dead: std::mem::take(&mut self.dead),
-            tombstones: std::mem::take(&mut self.tombstones),
-            skipped: std::mem::take(&mut self.skipped),
-            reached,
-            at_end,
-            missing_offsets: std::mem::take(&mut self.missing_offsets),
-        })
     }
 }

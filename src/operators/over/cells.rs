@@ -53,7 +53,7 @@ pub enum Cell {
 impl Cell {
     pub fn new(call: &Call) -> Self {
         match (call.function, call.frame) {
-            (Function::Count, _) => Self::Count(0),
+            (Function::Count | Function::RowNumber, _) => Self::Count(0),
             (Function::Sum | Function::Avg, _) => Self::Sum(Sum::default()),
             (Function::Min | Function::Max, Frame::Unbounded) => Self::Extreme(Extremes::default()),
             (Function::Min | Function::Max, Frame::Preceding { .. }) => Self::Sorted(BTreeMap::new()),
@@ -85,6 +85,15 @@ impl Cell {
                 }
             }
         }
+    }
+
+    /// The numbers of the last `rows` rows counted.
+    pub fn numbers(&self, rows: usize) -> impl Iterator<Item = Option<Value>> {
+        let last = match self {
+            Self::Count(count) => i128::from(*count),
+            _ => 0,
+        };
+        (0..rows as i128).rev().map(move |before| Some(Value::Integer(last - before)))
     }
 
     /// The call's result; `None` for NULL.

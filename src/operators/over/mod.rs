@@ -1,5 +1,6 @@
 //! OVER: aggregates over the rows of a key up to each row, by event time (DESIGN §3 *Order*, *Emissions*).
 //!
+//! `row_number` counts the rows of the key in the total order. Every other function has a frame.
 //! A frame is `RANGE BETWEEN {UNBOUNDED | INTERVAL n} PRECEDING AND CURRENT ROW`: it holds all rows of the key whose
 //! event time lies in [t − n, t], later rows of equal time included. So a row at t is final when t < W.
 //!
@@ -13,6 +14,7 @@
 
 mod aggregate;
 mod cells;
+mod closing;
 mod rows;
 mod snapshot;
 mod spec;
@@ -61,6 +63,8 @@ struct Key {
     latest: Option<Cursor>,
     dirty: bool,
     queued_for_eviction: bool,
+    /// Its window is closed: no row of it can follow, and none is kept.
+    closed: bool,
 }
 
 pub struct Over {
@@ -78,6 +82,10 @@ pub struct Over {
     pending: BinaryHeap<Reverse<(Micros, u32)>>,
     /// (time of the oldest row kept for frames, slot).
     evictions: BinaryHeap<Reverse<(Micros, u32)>>,
+    /// (when the key's window closes, slot); empty without windows among the keys.
+    closings: BinaryHeap<Reverse<(Micros, u32)>>,
+    /// Keys that are closed and not yet forgotten.
+    closed: usize,
     /// Input since the last snapshot.
     fresh: Vec<ChangeBatch>,
     dirty: Vec<u32>,
@@ -130,6 +138,8 @@ impl Over {
             watermark: START_OF_TIME,
             pending: BinaryHeap::new(),
             evictions: BinaryHeap::new(),
+            closings: BinaryHeap::new(),
+            closed: 0,
             fresh: Vec::new(),
             dirty: Vec::new(),
             late: 0,
@@ -231,6 +241,7 @@ impl Over {
         }
         self.flush(&mut entries, &mut results, &mut out)?;
         self.evict();
+        self.close()?;
         Ok(out)
     }
 
@@ -271,8 +282,19 @@ impl Over {
         let cursor = || Cursor { cells: calls.iter().map(Cell::new).collect(), left: vec![0; frames] };
         for _ in 0..new {
             let latest = self.spec.want_latest.then(cursor);
-            let rows = KeyRows::default();
-            self.keys.push(Key { rows, finals: cursor(), latest, dirty: false, queued_for_eviction: false });
+            let (rows, finals) = (KeyRows::default(), cursor());
+            let key = Key { rows, finals, latest, dirty: false, queued_for_eviction: false, closed: false };
+            self.keys.push(key);
+        }
+        let Some(closing) = self.spec.closing.filter(|_| new > 0) else { return Ok(()) };
+        let times = closing::closing_times(closing, columns)?;
+        let mut next = (self.keys.len() - new) as u32;
+        for (slot, time) in self.slots.iter().zip(times) {
+            // New keys got their slots in the order of their first rows.
+            if *slot == next {
+                self.closings.push(Reverse((time, next)));
+                next += 1;
+            }
         }
         Ok(())
     }
@@ -326,8 +348,11 @@ impl Over {
                 for (call, (cell, column)) in
                     self.calls.iter().zip(key.finals.cells.iter().zip(results.iter_mut()))
                 {
-                    let result = cell.result(call);
-                    column.extend(std::iter::repeat_n(result, at - start));
+                    match call.function {
+                        // Rows of equal time are numbered in the total order.
+                        Function::RowNumber => column.extend(cell.numbers(at - start)),
+                        _ => column.extend(std::iter::repeat_n(cell.result(call), at - start)),
+                    }
                 }
             }
         }

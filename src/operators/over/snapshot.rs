@@ -38,6 +38,7 @@ impl Over {
         };
         let dirty = std::mem::take(&mut self.dirty);
         dirty.iter().for_each(|slot| self.keys[*slot as usize].dirty = false);
+        let dirty: Vec<u32> = dirty.into_iter().filter(|slot| !self.keys[*slot as usize].closed).collect();
         let unbounded = self.unbounded();
         if dirty.is_empty() || unbounded.is_empty() {
             return Ok(OverSnapshot { rows, keys: None });

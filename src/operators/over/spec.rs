@@ -1,5 +1,6 @@
 //! What an OVER operator computes: calls over RANGE frames that end at the current row.
 
+use super::super::group::Closing;
 use arrow::datatypes::{DECIMAL128_MAX_PRECISION, DataType, FieldRef, SchemaRef};
 
 /// One OVER operator: windows that share partition keys and are ordered by event time.
@@ -8,6 +9,8 @@ pub struct OverSpec {
     pub input: SchemaRef,
     pub partition_by: Vec<usize>,
     pub calls: Vec<WindowCall>,
+    /// The partition key that closes keys, by its place among them.
+    pub closing: Option<Closing>,
     pub want_final: bool,
     pub want_latest: bool,
 }
@@ -16,7 +19,7 @@ pub struct OverSpec {
 #[derive(Debug, Clone, PartialEq)]
 pub struct WindowCall {
     pub function: Function,
-    /// Input column; `None` only for `count(*)`.
+    /// Input column; `None` only for `count(*)` and `row_number()`.
     pub argument: Option<usize>,
     /// A Boolean input column; NULL counts as false.
     pub filter: Option<usize>,
@@ -31,6 +34,7 @@ pub enum Function {
     Avg,
     Min,
     Max,
+    RowNumber,
 }
 
 /// Where a RANGE frame starts; it ends at the current row, peers of equal event time included.
@@ -43,7 +47,10 @@ pub enum Frame {
 impl OverSpec {
     /// Whether another operator keeps the same state and gives the same rows.
     pub fn same_state(&self, other: &Self) -> bool {
-        self.input == other.input && self.partition_by == other.partition_by && self.calls == other.calls
+        self.input == other.input
+            && self.partition_by == other.partition_by
+            && self.calls == other.calls
+            && self.closing == other.closing
     }
 }
 
@@ -51,8 +58,10 @@ impl Function {
     /// The type of the result, as in DataFusion; `None` when the argument's type is not supported here.
     pub fn output_type(self, argument: Option<&DataType>) -> Option<DataType> {
         use DataType as T;
-        if self == Self::Count {
-            return Some(T::Int64);
+        match self {
+            Self::Count => return Some(T::Int64),
+            Self::RowNumber => return Some(T::UInt64),
+            _ => {}
         }
         let of = argument?;
         let signed = matches!(of, T::Int8 | T::Int16 | T::Int32 | T::Int64);

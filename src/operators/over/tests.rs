@@ -7,9 +7,10 @@ use arrow::array::{
     Array, AsArray, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray,
     TimestampMicrosecondArray,
 };
-use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Float64Type, Int64Type, Schema, SchemaRef, UInt64Type};
 use datafusion::prelude::SessionContext;
 
+use super::super::group::Closing;
 use super::{Frame, Function, Over, OverSpec, WindowCall};
 use crate::stream::{ChangeBatch, END_OF_TIME, Origin, timestamp_type};
 
@@ -48,11 +49,14 @@ fn schema() -> SchemaRef {
         Field::new("u", DataType::Int64, true),
         Field::new("f", DataType::Boolean, true),
         Field::new("s", DataType::Utf8, true),
+        Field::new("w", timestamp_type(), false),
     ]))
 }
 
 fn batch(rows: &[Row]) -> ChangeBatch {
     let times = TimestampMicrosecondArray::from_iter_values(rows.iter().map(|r| r.time)).with_timezone("UTC");
+    let starts = rows.iter().map(|r| r.time / WINDOW * WINDOW);
+    let windows = TimestampMicrosecondArray::from_iter_values(starts).with_timezone("UTC");
     let batch = RecordBatch::try_new(
         schema(),
         vec![
@@ -63,6 +67,7 @@ fn batch(rows: &[Row]) -> ChangeBatch {
             Arc::new(rows.iter().map(|r| r.units).collect::<Int64Array>()),
             Arc::new(rows.iter().map(|r| r.flag).collect::<BooleanArray>()),
             Arc::new(rows.iter().map(|r| r.note.clone()).collect::<StringArray>()),
+            Arc::new(windows),
         ],
     );
     let long = |of: fn(&Row) -> i64| Int64Array::from_iter_values(rows.iter().map(of));
@@ -99,7 +104,11 @@ fn dice_range(seed: u64) -> i64 {
     (seed >> 40) as i64 % 20_001 - 10_000
 }
 
-const CALLS: [(&str, Function, Option<usize>); 9] = [
+/// µs of the windows by which some keys close.
+const WINDOW: i64 = 160;
+
+const CALLS: [(&str, Function, Option<usize>); 10] = [
+    ("row_number()", Function::RowNumber, None),
     ("count(*)", Function::Count, None),
     ("count(s)", Function::Count, Some(6)),
     ("sum(a)", Function::Sum, Some(3)),
@@ -112,7 +121,7 @@ const CALLS: [(&str, Function, Option<usize>); 9] = [
 ];
 
 /// Random calls, and the same as SQL.
-fn random_calls(dice: &mut Dice) -> (Vec<WindowCall>, String) {
+fn random_calls(dice: &mut Dice, by: &str) -> (Vec<WindowCall>, String) {
     let mut calls = Vec::new();
     let mut columns = Vec::new();
     for at in 0..2 + dice.roll(4) as usize {
@@ -122,9 +131,16 @@ fn random_calls(dice: &mut Dice) -> (Vec<WindowCall>, String) {
             true => (Frame::Unbounded, "UNBOUNDED".to_owned()),
             false => (Frame::Preceding { micros }, format!("INTERVAL '{micros} microseconds'")),
         };
+        if function == Function::RowNumber {
+            columns.push(format!("row_number() OVER (PARTITION BY {by} ORDER BY t, place, id) AS c{at}"));
+            let output = Arc::new(Field::new(format!("c{at}"), DataType::UInt64, false));
+            let frame = Frame::Unbounded;
+            calls.push(WindowCall { function, argument, filter: None, frame, output });
+            continue;
+        }
         let filter = dice.chance(25).then_some(5);
         let condition = if filter.is_some() { " FILTER (WHERE f)" } else { "" };
-        columns.push(format!("{sql}{condition} OVER (PARTITION BY k ORDER BY t RANGE BETWEEN {start} PRECEDING AND CURRENT ROW) AS c{at}"));
+        columns.push(format!("{sql}{condition} OVER (PARTITION BY {by} ORDER BY t RANGE BETWEEN {start} PRECEDING AND CURRENT ROW) AS c{at}"));
         let of = argument.map(|column| schema().field(column).data_type().clone());
         let output = Arc::new(Field::new(format!("c{at}"), function.output_type(of.as_ref()).unwrap(), true));
         calls.push(WindowCall { function, argument, filter, frame, output });
@@ -135,7 +151,13 @@ fn random_calls(dice: &mut Dice) -> (Vec<WindowCall>, String) {
 /// Results by row id, as batch DataFusion gives them.
 async fn oracle(rows: &[Row], sql: &str) -> BTreeMap<i64, Vec<Option<f64>>> {
     let session = SessionContext::new();
-    session.register_batch("r", batch(rows).rows).unwrap();
+    let input = batch(rows);
+    let mut columns = input.rows.columns().to_vec();
+    columns.push(Arc::new(input.origin.place.clone()));
+    let mut fields = schema().fields().to_vec();
+    fields.push(Arc::new(Field::new("place", DataType::Int64, false)));
+    let input = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap();
+    session.register_batch("r", input).unwrap();
     let answer = session.sql(&format!("SELECT id, {sql} FROM r")).await.unwrap().collect().await.unwrap();
     answer.iter().flat_map(|batch| results(batch, 1)).collect()
 }
@@ -150,6 +172,7 @@ fn results(batch: &RecordBatch, first: usize) -> Vec<(i64, Vec<Option<f64>>)> {
         }
         Some(match column.data_type() {
             DataType::Int64 => column.as_primitive::<Int64Type>().value(row) as f64,
+            DataType::UInt64 => column.as_primitive::<UInt64Type>().value(row) as f64,
             _ => column.as_primitive::<Float64Type>().value(row),
         })
     };
@@ -185,14 +208,37 @@ fn restart(over: &mut Over, spec: &OverSpec, saved: &mut Saved) {
     *over = next;
 }
 
+/// Ids of the greatest rows of the keys that `part` touches.
+fn greatest(accepted: &[Row], part: &[Row], windowed: bool) -> Vec<i64> {
+    let key = |row: &Row| (row.key, if windowed { row.time / WINDOW } else { 0 });
+    let mut greatest: BTreeMap<(Option<i64>, i64), &Row> = BTreeMap::new();
+    for row in accepted {
+        let best = greatest.entry(key(row)).or_insert(row);
+        if (row.time, row.place, row.id) > (best.time, best.place, best.id) {
+            *best = row;
+        }
+    }
+    let mut ids: Vec<i64> = part.iter().map(|row| greatest[&key(row)].id).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
+
 async fn run_case(seed: u64) {
     let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
     let lateness = 1 + dice.roll(400) as i64;
     let count = 50 + dice.roll(150) as usize;
     let rows = arrivals(&mut dice, count, lateness);
-    let (calls, sql) = random_calls(&mut dice);
-    let spec =
-        OverSpec { input: schema(), partition_by: vec![1], calls, want_final: true, want_latest: true };
+    let windowed = dice.chance(50);
+    let (calls, sql) = random_calls(&mut dice, if windowed { "k, w" } else { "k" });
+    let spec = OverSpec {
+        input: schema(),
+        partition_by: if windowed { vec![1, 7] } else { vec![1] },
+        calls,
+        closing: windowed.then_some(Closing { key: 1, bound: WINDOW }),
+        want_final: true,
+        want_latest: true,
+    };
     let mut over = Over::new(spec.clone()).unwrap();
     let mut saved = Saved::default();
     let width = schema().fields().len();
@@ -205,16 +251,7 @@ async fn run_case(seed: u64) {
         accepted.extend(part.iter().cloned());
         let latest = over.push(&batch(&part)).unwrap();
         let answer = oracle(&accepted, &sql).await;
-        let mut greatest: BTreeMap<Option<i64>, &Row> = BTreeMap::new();
-        for row in &accepted {
-            let best = greatest.entry(row.key).or_insert(row);
-            if (row.time, row.place, row.id) > (best.time, best.place, best.id) {
-                *best = row;
-            }
-        }
-        let mut expected: Vec<i64> = part.iter().map(|row| greatest[&row.key].id).collect();
-        expected.sort_unstable();
-        expected.dedup();
+        let expected = greatest(&accepted, &part, windowed);
         let mut found = latest.map(|batch| results(&batch.rows, width)).unwrap_or_default();
         found.sort_by_key(|(id, _)| *id);
         assert_eq!(found.iter().map(|(id, _)| *id).collect::<Vec<_>>(), expected, "seed {seed}: latest rows");
@@ -247,6 +284,9 @@ async fn run_case(seed: u64) {
         assert!(same(values, &answer[id]), "seed {seed}: row {id}: {values:?} for {:?}: {sql}", answer[id]);
     }
     assert_eq!(over.late(), 0);
+    if windowed {
+        assert!(over.keys() <= 2 * 4 + 1, "seed {seed}: {} closed keys are still held", over.keys());
+    }
 }
 
 #[tokio::test]
@@ -267,8 +307,14 @@ fn memory_of_rows_that_no_frame_needs_is_freed() {
         output: Arc::new(Field::new("c", DataType::Float64, true)),
     };
     let calls = vec![sum(Frame::Unbounded), sum(Frame::Preceding { micros: 1_000 })];
-    let spec =
-        OverSpec { input: schema(), partition_by: vec![1], calls, want_final: true, want_latest: true };
+    let spec = OverSpec {
+        input: schema(),
+        partition_by: vec![1],
+        calls,
+        closing: None,
+        want_final: true,
+        want_latest: true,
+    };
     let mut over = Over::new(spec).unwrap();
     let mut dice = Dice(5);
     let rows = arrivals(&mut dice, 50_000, 100);

@@ -1,0 +1,91 @@
+//! Keys that hold a window go once the watermark has closed it (see [`Closing`]): no row of theirs can follow.
+//!
+//! A closed key is marked; when half of the keys are, the others are numbered anew. So the cost per key is O(log n),
+//! and at most as many closed keys are held as open ones.
+
+use std::cmp::Reverse;
+
+use arrow::array::{Array, ArrayRef, AsArray};
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, TimeUnit, TimestampMicrosecondType};
+
+use super::Over;
+use crate::error::{Error, Result};
+use crate::operators::group::Closing;
+use crate::state::keys::KeyIndex;
+use crate::stream::Micros;
+
+/// Fewer closed keys are not worth a new numbering.
+const FEW: usize = if cfg!(test) { 4 } else { 1_024 };
+
+/// When the keys of these columns close, one per row.
+pub(super) fn closing_times(closing: Closing, columns: &[ArrayRef]) -> Result<Vec<Micros>> {
+    let column = &columns[closing.key];
+    let zone = match column.data_type() {
+        DataType::Timestamp(_, zone) => zone.clone(),
+        _ => None,
+    };
+    let micros = cast(column, &DataType::Timestamp(TimeUnit::Microsecond, zone))?;
+    let values = micros.as_primitive::<TimestampMicrosecondType>();
+    if values.null_count() > 0 {
+        return Err(Error::internal("a window's key is NULL"));
+    }
+    Ok(values.values().iter().map(|start| start.saturating_add(closing.bound)).collect())
+}
+
+impl Over {
+    /// Marks the keys that the watermark has closed and that no frame needs.
+    pub(super) fn close(&mut self) -> Result<()> {
+        let longest = self.sliding.iter().map(|frame| frame.micros).max().unwrap_or(0);
+        while let Some(Reverse((time, slot))) = self.closings.peek().copied() {
+            if time > self.watermark {
+                break;
+            }
+            self.closings.pop();
+            let key = &mut self.keys[slot as usize];
+            match key.rows.last() {
+                // Still in a frame.
+                Some(last) => {
+                    let gone = last.time.saturating_add(longest).saturating_add(1);
+                    self.closings.push(Reverse((gone.max(time.saturating_add(1)), slot)));
+                }
+                None => {
+                    key.closed = true;
+                    self.closed += 1;
+                }
+            }
+        }
+        if self.closed > FEW && self.closed * 2 > self.keys.len() {
+            self.renumber()?;
+        }
+        Ok(())
+    }
+
+    /// Numbers the open keys anew and forgets the others.
+    fn renumber(&mut self) -> Result<()> {
+        let open: Vec<u32> =
+            (0..self.keys.len() as u32).filter(|slot| !self.keys[*slot as usize].closed).collect();
+        let columns = self.index.keys(&open)?;
+        let hashes: Vec<u64> = open.iter().map(|slot| self.index.hashes()[*slot as usize]).collect();
+        let types: Vec<DataType> = columns.iter().map(|column| column.data_type().clone()).collect();
+        let mut index = KeyIndex::new(&types)?;
+        let mut slots = Vec::new();
+        index.intern(&columns, &hashes, &mut slots)?;
+        let mut new = vec![u32::MAX; self.keys.len()];
+        open.iter().zip(&slots).for_each(|(old, slot)| new[*old as usize] = *slot);
+        self.keys.retain(|key| !key.closed);
+        self.index = index;
+        self.closed = 0;
+        let moved = |Reverse((time, slot)): Reverse<(Micros, u32)>| {
+            let slot = new[slot as usize];
+            (slot != u32::MAX).then_some(Reverse((time, slot)))
+        };
+        for heap in [&mut self.pending, &mut self.evictions, &mut self.closings] {
+            *heap = std::mem::take(heap).into_iter().filter_map(moved).collect();
+        }
+        let dirty = std::mem::take(&mut self.dirty);
+        self.dirty =
+            dirty.into_iter().map(|slot| new[slot as usize]).filter(|slot| *slot != u32::MAX).collect();
+        Ok(())
+    }
+}
