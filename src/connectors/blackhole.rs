@@ -28,7 +28,7 @@ impl AppendSink for BlackholeSink {
         Ok(())
     }
 
-    async fn flush(&mut self) -> Result<()> {
+    async fn flush(&mut self, _: u64) -> Result<()> {
         Ok(())
     }
 }

@@ -71,7 +71,7 @@ impl AppendSink for ConsoleSink {
         }
     }
 
-    async fn flush(&mut self) -> Result<()> {
+    async fn flush(&mut self, _: u64) -> Result<()> {
         self.out.flush().map_err(failed)
     }
 }
@@ -117,7 +117,7 @@ mod tests {
         let out = Shared::default();
         let mut sink = ConsoleSink::new(ConsoleFormat::Ndjson, Box::new(out.clone()));
         sink.write(&changes()).await.unwrap();
-        sink.flush().await.unwrap();
+        sink.flush(1).await.unwrap();
         let text = String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text, "{\"a\":1,\"b\":\"x\",\"_weight\":1}\n{\"a\":2,\"b\":null,\"_weight\":-1}\n");
         let out = Shared::default();
@@ -135,7 +135,7 @@ mod tests {
         let counted = sink.clone();
         sink.write(&changes()).await.unwrap();
         sink.write(&changes()).await.unwrap();
-        sink.flush().await.unwrap();
+        sink.flush(1).await.unwrap();
         assert_eq!(counted.rows(), 4);
     }
 }

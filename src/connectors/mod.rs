@@ -16,6 +16,8 @@ pub mod generator;
 #[cfg(feature = "kafka")]
 pub mod kafka;
 pub mod memory;
+pub mod ndjson;
+pub mod partition;
 #[cfg(feature = "redis")]
 pub mod redis;
 
@@ -107,8 +109,8 @@ pub trait SourceReader: Send {
 #[async_trait]
 pub trait AppendSink: Send {
     async fn write(&mut self, batch: &ChangeBatch) -> Result<()>;
-    /// Returns when everything written so far is safe.
-    async fn flush(&mut self) -> Result<()>;
+    /// Returns when everything written so far is safe, which is before the manifest of `epoch`.
+    async fn flush(&mut self, epoch: u64) -> Result<()>;
 }
 
 /// What an online store holds of a pipeline's sink when it is opened.

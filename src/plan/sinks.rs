@@ -12,6 +12,7 @@ use crate::connectors::console::ConsoleFormat;
 use crate::connectors::delta::DeltaConfig;
 #[cfg(feature = "kafka")]
 use crate::connectors::kafka::KafkaSinkConfig;
+use crate::connectors::ndjson::NdjsonConfig;
 #[cfg(feature = "redis")]
 use crate::connectors::redis::RedisConfig;
 use crate::error::{Error, Result};
@@ -35,6 +36,7 @@ pub enum SinkKind {
         store: OnlineKind,
         ttl_micros: Option<i64>,
     },
+    Ndjson(NdjsonConfig),
     Console(ConsoleFormat),
     Blackhole,
 }
@@ -297,7 +299,6 @@ fn connector_of(
     connector: &str,
     sink: &CreateSink,
     options: &mut Options,
-    #[cfg_attr(not(feature = "delta"), expect(unused_variables, reason = "only tables are typed"))]
     schema: &SchemaRef,
 ) -> Result<(SinkKind, Vec<String>)> {
     let placed = |error: Error| error.at(sink.place.clone());
@@ -332,13 +333,19 @@ fn connector_of(
             let key = config.key.clone();
             Ok((SinkKind::Kafka(config), key))
         }
+        "ndjson" => {
+            let partition = options.place("partition_by").unwrap_or_else(|| sink.place.clone());
+            let config = NdjsonConfig::from_options(options).map_err(placed)?;
+            config.check(schema).map_err(|error| error.at(partition))?;
+            Ok((SinkKind::Ndjson(config), Vec::new()))
+        }
         "console" => {
             let format = ConsoleFormat::from_options(options).map_err(placed)?;
             Ok((SinkKind::Console(format), Vec::new()))
         }
         "blackhole" => Ok((SinkKind::Blackhole, Vec::new())),
         other => Err(Error::user(format!("sink {}: connector '{other}' is not known", sink.name))
-            .hint("Sinks are written by 'delta', 'redis', 'kafka', 'memory', 'console' and 'blackhole'.")
+            .hint("Sinks are written by 'delta', 'redis', 'kafka', 'ndjson', 'memory', 'console' and 'blackhole'.")
             .at(options.place("connector").unwrap_or_else(|| sink.place.clone()))),
     }
 }
@@ -410,6 +417,7 @@ impl fmt::Display for SinkPlan {
             #[cfg(feature = "redis")]
             SinkKind::Online { store: OnlineKind::Redis(_), .. } => f.write_str("redis")?,
             SinkKind::Online { .. } => f.write_str("memory")?,
+            SinkKind::Ndjson(config) => write!(f, "ndjson {}", config.location)?,
             SinkKind::Console(_) => f.write_str("console")?,
             SinkKind::Blackhole => f.write_str("blackhole")?,
         }

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 #[cfg(feature = "delta")]
 use crate::connectors::delta::{DeltaConfig, DeltaWriter, Mode, upsert::Stager};
+use crate::connectors::ndjson::NdjsonSink;
 use crate::error::{Error, Result};
 use crate::operators::group::{GroupSpec, Panes};
 use crate::operators::newest::Newest;
@@ -28,6 +29,7 @@ use crate::runtime::start::{World, restore};
 #[cfg(feature = "delta")]
 use crate::runtime::upsert::UpsertTask;
 use crate::runtime::watermark::SourceClock;
+use crate::state::manifest::Manifest;
 use crate::stream::clock::Clock;
 use crate::stream::{Message, Micros, Place, Positions, START_OF_TIME};
 
@@ -242,7 +244,7 @@ impl Graph<'_> {
                     self.run(task.run());
                 }
                 other => {
-                    let sink = append_sink(other, sink, self.console).await?;
+                    let sink = append_sink(other, sink, self.console, &self.world.manifest, shard).await?;
                     self.run(AppendTask { node, sink, inbox, reports, metrics }.run());
                 }
             }
@@ -332,11 +334,19 @@ async fn append_sink(
     kind: &SinkKind,
     sink: &SinkPlan,
     console: fn() -> Box<dyn std::io::Write + Send>,
+    manifest: &Manifest,
+    shard: usize,
 ) -> Result<Box<dyn crate::connectors::AppendSink>> {
     match kind {
         #[cfg(feature = "kafka")]
         SinkKind::Kafka(config) => {
             Ok(Box::new(crate::connectors::kafka::KafkaSink::open(config.clone()).await?))
+        }
+        SinkKind::Ndjson(config) => {
+            if shard == 0 {
+                NdjsonSink::clean(config, manifest.generation, manifest.data_epoch.unwrap_or(0)).await?;
+            }
+            Ok(Box::new(NdjsonSink::open(config.clone(), manifest.generation, shard)?))
         }
         SinkKind::Console(format) => {
             Ok(Box::new(crate::connectors::console::ConsoleSink::new(*format, console())))

@@ -102,7 +102,7 @@ impl AppendTask {
                 }
                 Event::Watermark { .. } => {}
                 Event::Barrier(barrier) => {
-                    self.sink.flush().await?;
+                    self.sink.flush(barrier.epoch).await?;
                     let part = StatePart::default();
                     let report = Report::State { node: self.node, epoch: barrier.epoch, part };
                     self.reports.send(report).await.map_err(coordinator_gone)?;

@@ -41,6 +41,7 @@
 //! # }
 //! ```
 
+pub mod ensure;
 pub mod hop;
 pub mod time;
 pub mod zip;
@@ -68,6 +69,7 @@ pub fn register_all(registry: &mut dyn FunctionRegistry) -> Result<()> {
 /// Never for the data that ships with the crate.
 pub fn all() -> Result<Vec<Arc<ScalarUDF>>> {
     let mut functions = time::all();
+    functions.extend(ensure::all());
     functions.extend(hop::all());
     functions.extend(zip::all()?);
     Ok(functions)

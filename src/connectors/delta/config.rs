@@ -8,7 +8,7 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 
-use super::partition::{Partitioning, Transform, parse_list};
+use crate::connectors::partition::{Partitioning, Transform, parse_list};
 use crate::error::{Error, Result};
 use crate::sql::options::{Options, nearest};
 use crate::stream::{ChangeBatch, timestamp_type};
@@ -191,7 +191,7 @@ fn check_partitioning(part: &Partitioning, source: &Field) -> Result<()> {
             kind,
             Boolean | Int8 | Int16 | Int32 | Int64 | Utf8 | Date32 | Decimal128(_, _) | Timestamp(_, _)
         ),
-        Transform::Hour => matches!(kind, Timestamp(_, _)),
+        Transform::Hour | Transform::Minute => matches!(kind, Timestamp(_, _)),
         Transform::Year | Transform::Month | Transform::Day => matches!(kind, Timestamp(_, _) | Date32),
     };
     if fits {
@@ -199,7 +199,9 @@ fn check_partitioning(part: &Partitioning, source: &Field) -> Result<()> {
     }
     let (wanted, hint) = match part.transform {
         Transform::Identity => ("a type that can partition a table", "Partition by a text, number or time."),
-        Transform::Hour => ("TIMESTAMP", "Partition by the event time, or by a plain column."),
+        Transform::Hour | Transform::Minute => {
+            ("TIMESTAMP", "Partition by the event time, or by a plain column.")
+        }
         _ => ("TIMESTAMP or DATE", "Partition by the event time, or by a plain column."),
     };
     Err(Error::user(format!("partition_by: {} is {kind}, not {wanted}", part.column)).hint(hint))

@@ -7,8 +7,7 @@
 pub mod committer;
 pub mod config;
 mod log;
-pub mod partition;
-mod stats;
+pub mod stats;
 pub mod store;
 pub mod table;
 pub mod upsert;

@@ -16,7 +16,7 @@ use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData};
 use parquet::file::statistics::{Statistics, ValueStatistics};
 use serde_json::{Map, Number, Value, json};
 
-use super::partition::{date_text, time_text};
+use crate::connectors::partition::{date_text, time_text};
 
 /// Columns with statistics, by Delta's default.
 const MAX_COLUMNS: usize = 32;

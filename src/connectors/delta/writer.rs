@@ -25,9 +25,9 @@ use serde_json::{Map, Value, json};
 
 use super::PreparedFile;
 use super::config::{Codec, DeltaConfig};
-use super::partition::{folder, uri, value_text};
 use super::stats::{Floats, stats_of};
 use crate::connectors::files::{Located, open};
+use crate::connectors::partition::{folder, uri, value_text};
 use crate::error::{Error, Result};
 use crate::stream::clock::Clock;
 

@@ -186,7 +186,7 @@ impl AppendSink for KafkaSink {
         check(config, producer)
     }
 
-    async fn flush(&mut self) -> Result<()> {
+    async fn flush(&mut self, _: u64) -> Result<()> {
         loop {
             let flushed = blocking(|| self.producer.flush(PATIENCE));
             check(&self.config, &self.producer)?;

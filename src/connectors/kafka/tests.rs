@@ -456,7 +456,7 @@ async fn rows_are_written_and_read_back(servers: &str, topic: &str) {
         let times: Vec<i64> = ids.iter().map(|id| 5_000_000 + round * 1_000 + id).collect();
         sink.write(&batch(&ids, &names, &times)).await.unwrap();
     }
-    sink.flush().await.unwrap();
+    sink.flush(1).await.unwrap();
     let source = source(servers, topic, &[]);
     let all_ends = ends(&source).await;
     assert_eq!(all_ends.iter().map(|(_, end)| end).sum::<i64>(), 500);
@@ -484,7 +484,7 @@ async fn the_sink_writes_to_the_embedded_broker() {
 
     let mut keyless = KafkaSink::open(sink_config(servers, &topic, &[])).await.unwrap();
     keyless.write(&batch(&[1], &[None], &[-1])).await.unwrap();
-    keyless.flush().await.unwrap();
+    keyless.flush(1).await.unwrap();
     let mut slip = KafkaSink::open(sink_config(servers, &topic, &[("key", "nam")])).await.unwrap();
     let error = slip.write(&batch(&[1], &[None], &[0])).await.unwrap_err();
     assert_eq!((error.domain(), error.hint_text()), (Domain::User, Some("Did you mean name?")));
@@ -504,10 +504,10 @@ async fn a_record_that_cannot_be_delivered_is_an_error() {
     let options = [("kafka.message.timeout.ms", "1000")];
     let mut sink = KafkaSink::open(sink_config(kafka.bootstrap_servers(), &topic, &options)).await.unwrap();
     sink.write(&batch(&[1], &[None], &[0])).await.unwrap();
-    sink.flush().await.unwrap();
+    sink.flush(1).await.unwrap();
     kafka.cluster().unwrap().broker_down(-1).unwrap();
     sink.write(&batch(&[2], &[None], &[0])).await.unwrap();
-    let error = sink.flush().await.unwrap_err();
+    let error = sink.flush(1).await.unwrap_err();
     assert!(
         error.message().starts_with(&format!("a record could not be written to topic {topic} at ")),
         "{error}"

@@ -12,6 +12,7 @@ use crate::stream::{civil, timestamp_type};
 
 const DAY: i64 = 86_400_000_000;
 const HOUR: i64 = 3_600_000_000;
+const MINUTE: i64 = 60_000_000;
 
 /// One entry of `partition_by`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +33,8 @@ pub enum Transform {
     Day,
     /// TIMESTAMP `c_hour`, cut to the hour.
     Hour,
+    /// TIMESTAMP `c_minute`, cut to the minute.
+    Minute,
 }
 
 impl Partitioning {
@@ -43,6 +46,7 @@ impl Partitioning {
             Transform::Month => format!("{}_month", self.column),
             Transform::Day => format!("{}_day", self.column),
             Transform::Hour => format!("{}_hour", self.column),
+            Transform::Minute => format!("{}_minute", self.column),
         }
     }
 
@@ -52,7 +56,7 @@ impl Partitioning {
             Transform::Identity => DataType::Utf8,
             Transform::Year => DataType::Int32,
             Transform::Month | Transform::Day => DataType::Date32,
-            Transform::Hour => timestamp_type(),
+            Transform::Hour | Transform::Minute => timestamp_type(),
         }
     }
 
@@ -86,8 +90,9 @@ impl Partitioning {
                 Arc::new(days)
             }
             _ => {
-                let hours: TimestampMicrosecondArray = micros.unary(|t| t.saturating_sub(t.rem_euclid(HOUR)));
-                Arc::new(hours.with_timezone("UTC"))
+                let unit = if self.transform == Transform::Hour { HOUR } else { MINUTE };
+                let cut: TimestampMicrosecondArray = micros.unary(|t| t.saturating_sub(t.rem_euclid(unit)));
+                Arc::new(cut.with_timezone("UTC"))
             }
         })
     }
@@ -110,7 +115,7 @@ pub fn parse_list(text: &str) -> Result<Vec<Partitioning>> {
 }
 
 fn partitioning(text: &str) -> Result<Partitioning> {
-    let hint = "Use a column, or year, month, day or hour of a TIMESTAMP column.";
+    let hint = "Use a column, or year, month, day, hour or minute of a TIMESTAMP column.";
     let Some((name, rest)) = text.split_once('(') else {
         return match text.is_empty() {
             true => Err(Error::user("partition_by has an empty entry").hint(hint)),
@@ -122,6 +127,7 @@ fn partitioning(text: &str) -> Result<Partitioning> {
         "month" => Transform::Month,
         "day" => Transform::Day,
         "hour" => Transform::Hour,
+        "minute" => Transform::Minute,
         other => return Err(Error::user(format!("partition_by: {other}() is not known")).hint(hint)),
     };
     let column = rest.trim_end().strip_suffix(')').map(str::trim);
