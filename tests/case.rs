@@ -62,6 +62,34 @@ impl Dice {
     }
 }
 
+pub async fn create_topic(kafka: &str, topic: &str, partitions: i32) {
+    let admin: AdminClient<DefaultClientContext> =
+        ClientConfig::new().set("bootstrap.servers", kafka).create().unwrap();
+    let new = NewTopic::new(topic, partitions, TopicReplication::Fixed(1));
+    for created in admin.create_topics([&new], &AdminOptions::new()).await.unwrap() {
+        created.unwrap();
+    }
+}
+
+/// Sends records (key, payload) in order.
+pub async fn send(kafka: &str, topic: &str, records: impl Iterator<Item = (Option<&str>, Option<&str>)>) {
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka)
+        .set("linger.ms", "5")
+        .set("queue.buffering.max.messages", "1000000")
+        .create()
+        .unwrap();
+    let mut sent = Vec::new();
+    for (key, payload) in records {
+        let mut record = FutureRecord::<str, str>::to(topic);
+        (record.key, record.payload) = (key, payload);
+        sent.push(producer.send_result(record).map_err(|(e, _)| e).unwrap());
+    }
+    for delivery in sent {
+        delivery.await.unwrap().map_err(|(e, _)| e).unwrap();
+    }
+}
+
 impl Case {
     pub async fn new(services: Services, name: &str, lake: Option<String>) -> Self {
         let folder = tempfile::tempdir().unwrap();
@@ -73,12 +101,7 @@ impl Case {
         let sql = sql.replace("prefix = 'user:'", &format!("prefix = '{topic}:'"));
         assert!(sql.contains(&format!("'{topic}'")) && sql.contains(&format!("'{topic}:'")));
         fs::write(folder.path().join("transactions.sql"), sql).unwrap();
-        let admin: AdminClient<DefaultClientContext> =
-            ClientConfig::new().set("bootstrap.servers", &services.kafka).create().unwrap();
-        let new = NewTopic::new(&topic, 4, TopicReplication::Fixed(1));
-        for created in admin.create_topics([&new], &AdminOptions::new()).await.unwrap() {
-            created.unwrap();
-        }
+        create_topic(&services.kafka, &topic, 4).await;
         let root = folder.path().to_string_lossy().into_owned();
         let (state, local) = (format!("{root}/state"), format!("{root}/lake"));
         let (state, lake) = match lake {
@@ -133,16 +156,7 @@ impl Case {
     }
 
     pub async fn send_raw(&self, payloads: &[Option<&str>]) {
-        let producer: FutureProducer =
-            ClientConfig::new().set("bootstrap.servers", &self.services.kafka).create().unwrap();
-        for payload in payloads {
-            let record = FutureRecord::<str, str>::to(&self.topic).key("bad").partition(0);
-            let record = match payload {
-                Some(payload) => record.payload(payload),
-                None => record,
-            };
-            producer.send(record, Duration::from_secs(5)).await.map_err(|(e, _)| e).unwrap();
-        }
+        send(&self.services.kafka, &self.topic, payloads.iter().map(|payload| (Some("bad"), *payload))).await;
     }
 
     pub fn command(&self, arguments: &[&str]) -> Command {

@@ -14,6 +14,7 @@ mod groups;
 mod layout;
 mod online;
 mod pipeline;
+mod shipped;
 mod slt;
 mod statements;
 mod windows;
