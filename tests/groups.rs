@@ -12,6 +12,17 @@ SELECT user_id, count(*) AS total_transactions_count, sum(amount) AS amount, max
 FROM transactions GROUP BY user_id;
 CREATE VIEW big_spenders AS
 SELECT user_id, sum(amount) AS amount FROM transactions GROUP BY user_id HAVING sum(amount) > 0;
+CREATE VIEW distribution AS
+SELECT total_transactions_count AS n, count(*) AS users, sum(total_transactions_count) AS transactions,
+       avg(user_id) AS mean, count(*) FILTER (WHERE user_id < 1000) AS early
+FROM user_totals GROUP BY total_transactions_count;
+CREATE VIEW counts_seen AS SELECT DISTINCT users FROM distribution;
+CREATE SINK distribution_now FROM distribution
+WITH (connector = 'delta', location = '${LAKE}/distribution_now', mode = 'upsert', key = 'n');
+CREATE SINK distribution_serving FROM distribution
+WITH (connector = 'redis', url = '${REDIS_URL}', key = 'n', prefix = 'TOPIC-distribution:');
+CREATE SINK counts_changes FROM counts_seen
+WITH (connector = 'delta', location = '${LAKE}/counts_changes', mode = 'changelog');
 CREATE SINK totals_changes FROM user_totals
 WITH (connector = 'delta', location = '${LAKE}/totals_changes', mode = 'changelog');
 CREATE SINK totals_now FROM user_totals
@@ -49,6 +60,17 @@ fn check(case: &Case) {
     let more = "SELECT count(*) AS n FROM (SELECT user_id FROM totals_changes GROUP BY user_id
                 HAVING sum(_weight) <> 1 OR min(_epoch) < 1)";
     assert_eq!(case.query(more), "n\n0\n", "one row per user holds");
+    let distribution = "SELECT n, count(*) AS users, sum(n) AS transactions, avg(user_id) AS mean,
+            count(*) FILTER (WHERE user_id < 1000) AS early
+        FROM (SELECT user_id, count(*) AS n FROM transactions_backup GROUP BY user_id) GROUP BY n ORDER BY n";
+    for sink in ["distribution_now", "distribution_serving"] {
+        let sql = format!("SELECT n, users, transactions, mean, early FROM {sink} ORDER BY n");
+        assert_eq!(case.query(&sql), case.query(distribution), "{sink}: groups of groups");
+    }
+    let seen = format!("SELECT DISTINCT users FROM ({distribution}) ORDER BY users");
+    let accumulated =
+        "SELECT users FROM counts_changes GROUP BY users HAVING sum(_weight) <> 0 ORDER BY users";
+    assert_eq!(case.query(accumulated), case.query(&seen), "DISTINCT over groups of groups");
     let spenders = "SELECT user_id, round(sum(amount), 2) AS amount FROM transactions_backup
                     GROUP BY user_id HAVING sum(amount) > 0 ORDER BY user_id";
     for sink in ["spenders_serving", "spenders_now"] {

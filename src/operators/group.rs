@@ -12,6 +12,11 @@
 //! The order key of a row is the greatest (event time, place, offset) of the rows that made it, so it never falls; in a
 //! window, its time is the window's.
 //!
+//! # Rows that come with weights
+//! Above another GROUP BY rows are taken back. Then every call is a sum of integers or decimals that are never NULL,
+//! times the weight, and one of them counts the rows ([`GroupSpec::total`]); the plan makes `count`, `sum` and `avg` of
+//! such sums. A group whose rows are all taken back is gone: deleted in `changes` and in `latest`.
+//!
 //! # State
 //! Per key one row: key columns, results, the partial states of the aggregates, the order key. Any aggregate of
 //! DataFusion works through its partial state (`notes/datafusion-55.md`, *Aggregates*): the batch is aggregated to
@@ -32,9 +37,9 @@ pub use panes::{Closing, Panes};
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch};
-use arrow::compute::{cast, concat_batches, filter_record_batch, or};
-use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
+use arrow::array::{ArrayRef, AsArray, BooleanArray, Decimal128Array, Int64Array, RecordBatch};
+use arrow::compute::{and, cast, concat_batches, filter_record_batch, or};
+use arrow::datatypes::{DataType, Decimal128Type, Field, Int64Type, Schema, SchemaRef};
 use datafusion::logical_expr::{EmitTo, GroupsAccumulator};
 use datafusion::physical_expr::GroupsAccumulatorAdapter;
 use datafusion::physical_expr::aggregate::AggregateFunctionExpr;
@@ -70,6 +75,9 @@ pub struct GroupSpec {
     pub exchange: Vec<usize>,
     /// The key that closes groups.
     pub closing: Option<Closing>,
+    /// Rows may come with weights: every call is a sum of a number that is never NULL, and this one counts the rows. A
+    /// group without rows is gone.
+    pub total: Option<usize>,
     pub want_final: bool,
     pub want_changes: bool,
     pub want_latest: bool,
@@ -91,6 +99,7 @@ impl GroupSpec {
         self.input == other.input
             && self.keys == other.keys
             && self.closing == other.closing
+            && self.total == other.total
             && self.calls.len() == other.calls.len()
             && self.calls.iter().zip(&other.calls).all(calls)
     }
@@ -182,7 +191,7 @@ impl Group {
     /// # Errors
     /// User: an aggregate overflowed. Internal: rows with weights.
     pub fn push(&mut self, batch: &ChangeBatch) -> Result<Pushed> {
-        if batch.weights.is_some() {
+        if batch.weights.is_some() && self.spec.total.is_none() {
             return Err(Error::internal("a GROUP BY was given rows with weights"));
         }
         if batch.num_rows() == 0 {
@@ -195,7 +204,7 @@ impl Group {
         let prior = self.chunks.gather(touched[..known].iter().map(|slot| self.at[*slot as usize]))?;
         let next = self.next_rows(batch, &groups, &touched, &prior)?;
         let changes = if self.spec.want_changes { self.changes(&prior, &next)? } else { None };
-        let latest = self.spec.want_latest.then(|| self.outputs(&next, None)).transpose()?;
+        let latest = self.spec.want_latest.then(|| self.latest(&next)).transpose()?;
         self.replace(next, &touched)?;
         Ok(Pushed { changes, latest })
     }
@@ -239,8 +248,11 @@ impl Group {
         let mut results = Vec::with_capacity(self.spec.calls.len());
         let mut states = Vec::new();
         for (call, range) in self.spec.calls.iter().zip(&self.partials) {
-            let arguments: Vec<ArrayRef> =
-                call.arguments.iter().map(|column| Arc::clone(batch.rows.column(*column))).collect();
+            let arguments: Vec<ArrayRef> = call
+                .arguments
+                .iter()
+                .map(|column| weighted(batch.rows.column(*column), batch.weights.as_ref()))
+                .collect::<Result<_>>()?;
             let filter = call.filter.map(|column| batch.rows.column(column).as_boolean());
             let mut partial = accumulator(&call.function)?;
             partial.update_batch(&arguments, groups, filter, count)?;
@@ -307,15 +319,34 @@ impl Group {
         }
         let holds = differs.values().iter().chain(std::iter::repeat_n(true, next.num_rows() - known));
         let holds: BooleanArray = holds.map(Some).collect();
-        let old = filter_record_batch(prior, &differs)?;
-        let new = filter_record_batch(next, &holds)?;
-        if new.num_rows() == 0 {
+        let old = filter_record_batch(prior, &and(&differs, &self.there(prior))?)?;
+        let new = filter_record_batch(next, &and(&holds, &self.there(next))?)?;
+        if new.num_rows() + old.num_rows() == 0 {
             return Ok(None);
         }
         let both = concat_batches(&self.state, [&old, &new])?;
         let weights = (0..both.num_rows()).map(|row| if row < old.num_rows() { -1 } else { 1 });
         let weights = (old.num_rows() > 0).then(|| Int64Array::from_iter_values(weights));
         self.outputs(&both, weights).map(Some)
+    }
+
+    /// Which groups have rows.
+    fn there(&self, state: &RecordBatch) -> BooleanArray {
+        match self.spec.total {
+            None => BooleanArray::from(vec![true; state.num_rows()]),
+            Some(call) => {
+                let counts = state.column(self.spec.keys.len() + call).as_primitive::<Int64Type>();
+                counts.values().iter().map(|count| Some(*count != 0)).collect()
+            }
+        }
+    }
+
+    /// The rows of touched groups; one that is gone is a deletion (weight −1).
+    fn latest(&self, next: &RecordBatch) -> Result<ChangeBatch> {
+        let there = self.there(next);
+        let weights = (there.true_count() < there.len())
+            .then(|| there.values().iter().map(|there| Some(if there { 1 } else { -1 })).collect());
+        self.outputs(next, weights)
     }
 
     /// The output columns of state rows.
@@ -345,7 +376,8 @@ impl Group {
     /// # Errors
     /// Internal, from arrow.
     pub fn all(&self) -> Result<ChangeBatch> {
-        self.outputs(&self.chunks.gather(self.at.iter().copied())?, None)
+        let rows = self.chunks.gather(self.at.iter().copied())?;
+        self.outputs(&filter_record_batch(&rows, &self.there(&rows))?, None)
     }
 
     /// State rows touched since the last snapshot, or all of them; `None` when there are none.
@@ -391,6 +423,24 @@ impl Group {
         }
         Ok(())
     }
+}
+
+/// A column of numbers times the rows' weights.
+fn weighted(column: &ArrayRef, weights: Option<&Int64Array>) -> Result<ArrayRef> {
+    let Some(weights) = weights else { return Ok(Arc::clone(column)) };
+    let overflow = || Error::user("a sum does not fit its type");
+    if let Some(decimals) = column.as_primitive_opt::<Decimal128Type>() {
+        let times =
+            |(value, weight): (&i128, &i64)| value.checked_mul(i128::from(*weight)).ok_or_else(overflow);
+        let values = decimals.values().iter().zip(weights.values()).map(times).collect::<Result<Vec<_>>>()?;
+        let product = Decimal128Array::from(values).with_data_type(column.data_type().clone());
+        return Ok(Arc::new(product));
+    }
+    let integers = column.as_primitive_opt::<Int64Type>();
+    let integers = integers.ok_or_else(|| Error::internal("a number that cannot be taken back"))?;
+    let times = |(value, weight): (&i64, &i64)| value.checked_mul(*weight).ok_or_else(overflow);
+    let values = integers.values().iter().zip(weights.values()).map(times).collect::<Result<Vec<_>>>()?;
+    Ok(Arc::new(Int64Array::from(values)))
 }
 
 fn misfit() -> Error {

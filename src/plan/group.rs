@@ -13,6 +13,7 @@ use crate::operators::group::{Aggregate, Closing, GroupSpec};
 use crate::plan::closing::Closes;
 use crate::plan::lower::{Emission, Lowered, Lowering, column_at};
 use crate::plan::prepared::Prepared;
+use crate::plan::retract::{is_made, retractable, retractable_distinct};
 use crate::plan::{Edge, NodeKind};
 use crate::stream::Port;
 
@@ -29,6 +30,9 @@ impl Lowering<'_> {
         place: &Place,
     ) -> Result<Lowered> {
         let names: Vec<_> = aggregate.schema.as_arrow().fields().iter().map(|f| f.name().clone()).collect();
+        if self.changes_below(&aggregate.input, e, view, place)? && !is_made(aggregate) {
+            return self.step(&retractable(aggregate, view, place)?, e, false, view, place);
+        }
         self.closing(view, &names, e, |lowering, closes| {
             let below = &aggregate.input;
             let input = lowering.below_group(below, e, closes, view, place)?;
@@ -42,8 +46,18 @@ impl Lowering<'_> {
             let (input, _) = prepared.finish();
             let schema = Arc::clone(&lowering.plan.nodes[input.node].schema);
             let calls = calls.into_iter().map(|call| call.build(&schema)).collect::<Result<Vec<_>>>()?;
-            Ok((spec_of(schema, keys, calls, &input), input))
+            let spec = spec_of(schema, keys, calls, &input);
+            Ok((GroupSpec { total: is_made(aggregate).then_some(0), ..spec }, input))
         })
+    }
+
+    /// Whether the rows of a plan come with weights.
+    fn changes_below(&mut self, below: &LogicalPlan, e: Emission, view: &str, place: &Place) -> Result<bool> {
+        if !contains_group(below) {
+            return Ok(false);
+        }
+        let below_e = if e == Emission::Latest { Emission::Changes } else { e };
+        Ok(self.scratch().step(below, below_e, false, view, place)?.updating)
     }
 
     /// DISTINCT is a GROUP BY of all columns without aggregates.
@@ -55,6 +69,9 @@ impl Lowering<'_> {
         place: &Place,
     ) -> Result<Lowered> {
         let names: Vec<_> = below.schema().as_arrow().fields().iter().map(|f| f.name().clone()).collect();
+        if self.changes_below(below, e, view, place)? {
+            return self.step(&retractable_distinct(below)?, e, false, view, place);
+        }
         self.closing(view, &names, e, |lowering, closes| {
             let input = lowering.below_group(below, e, closes, view, place)?;
             let schema = Arc::clone(&lowering.plan.nodes[input.node].schema);
@@ -90,12 +107,11 @@ impl Lowering<'_> {
         view: &str,
         place: &Place,
     ) -> Result<Lowered> {
-        let input = self.step(below, e, closes, view, place)?;
+        // What is grouped are changes, also of a view whose newest rows are wanted.
+        let below_e = if e == Emission::Latest { Emission::Changes } else { e };
+        let input = self.step(below, below_e, closes, view, place)?;
         let refused = match (&input.keys, input.updating) {
-            (_, true) => Some((
-                "GROUP BY over rows of a GROUP BY that still change",
-                "Group the source's rows by the final key in one step, or write windows to a sink with the emission 'final'.",
-            )),
+            (_, true) => None,
             (Some(_), false) if e != Emission::Final => Some((
                 "GROUP BY over a window",
                 "Write the aggregate as a window, or group the source's rows.",
@@ -123,6 +139,7 @@ impl Lowering<'_> {
             let edge = node.inputs.iter().any(|edge| edge.from == input.node && edge.port == input.port);
             matches!(&node.kind, NodeKind::Group(other) if edge && other.same(&spec))
         });
+        let retracts = input.retracts || spec.total.is_some();
         let window = spec.closing.map(|closing| closing.key);
         let closes = closes_of(&spec, input);
         let dealt = spec.exchange.iter().copied().map(Some).collect();
@@ -157,6 +174,7 @@ impl Lowering<'_> {
             closes,
             dealt,
             having: false,
+            retracts,
             branches: 1,
         }
     }
@@ -193,6 +211,7 @@ fn spec_of(input: SchemaRef, keys: Vec<usize>, calls: Vec<Aggregate>, below: &Lo
         calls,
         exchange,
         closing,
+        total: None,
         want_final: false,
         want_changes: false,
         want_latest: false,

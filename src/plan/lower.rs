@@ -48,6 +48,8 @@ pub struct Lowered {
     pub dealt: Vec<Option<usize>>,
     /// A HAVING stands above a GROUP BY.
     pub having: bool,
+    /// A GROUP BY over rows that change stands below: its keys depend on how the input was cut.
+    pub retracts: bool,
     /// UNION branches that the rows come from; 1 without a UNION.
     pub branches: u8,
 }
@@ -65,6 +67,7 @@ impl Lowered {
             closes: Vec::new(),
             dealt: Vec::new(),
             having: false,
+            retracts: false,
             branches: 1,
         }
     }

@@ -11,6 +11,7 @@ mod group;
 mod join;
 pub mod lower;
 mod prepared;
+mod retract;
 pub mod session;
 pub mod sinks;
 pub mod source;

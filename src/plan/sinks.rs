@@ -59,6 +59,9 @@ pub struct SinkPlan {
     pub schema: SchemaRef,
     /// Key columns of an online sink or of Kafka records; empty for the others.
     pub key: Vec<usize>,
+    /// An online store gets what a checkpoint holds, not more: keys may come and go that another cut of the input never
+    /// has, and nobody would delete them after a crash.
+    pub settled: bool,
 }
 
 /// Plans the sinks of a catalog (all, or those named), and everything below them.
@@ -188,7 +191,14 @@ fn add_sink(
     let keyed = online || emission == Emission::Latest || lowered.updating && !key.is_empty();
     let exchange = if keyed { online_exchange(sink, &lowered, &key)? } else { None };
     let edge = Edge { from: lowered.node, port: lowered.port, exchange, branch: 0 };
-    let sink_plan = SinkPlan { name: sink.name.clone(), kind, emission, schema: Arc::clone(&schema), key };
+    let sink_plan = SinkPlan {
+        name: sink.name.clone(),
+        kind,
+        emission,
+        schema: Arc::clone(&schema),
+        key,
+        settled: lowered.retracts,
+    };
     lowering.add(sink.name.clone(), NodeKind::Sink(sink_plan), Some(edge), schema);
     Ok(())
 }
@@ -422,6 +432,9 @@ impl fmt::Display for SinkPlan {
             SinkKind::Blackhole => f.write_str("blackhole")?,
         }
         write!(f, ", emission {emission}")?;
+        if self.settled && self.emission == Emission::Latest {
+            f.write_str(" at checkpoints")?;
+        }
         if let SinkKind::Online { ttl_micros: Some(ttl), .. } = &self.kind {
             write!(f, ", ttl {}", interval::display_micros(*ttl))?;
         }

@@ -19,7 +19,7 @@ use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::grouped::GroupTask;
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::{KeyedTask, Saver};
-use crate::runtime::online::{Fence, FlushState, OnlineTask};
+use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
 use crate::runtime::report::{Command, Metrics, Report};
 use crate::runtime::sinks::AppendTask;
 #[cfg(feature = "delta")]
@@ -238,6 +238,7 @@ impl Graph<'_> {
                         metrics,
                         clock: Clock,
                         flushes: FlushState::at(self.world.positions.clone()),
+                        settling: sink.settled.then(Settling::default),
                         fence: if online.lost { Fence::Lost } else { Fence::Ours },
                         durable: self.durable.clone(),
                     };

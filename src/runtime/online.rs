@@ -66,8 +66,19 @@ pub struct OnlineTask {
     pub clock: Clock,
     pub flushes: FlushState,
     pub fence: Fence,
+    /// For a sink whose store shows checkpoints only.
+    pub settling: Option<Settling>,
     /// The newest epoch whose manifest is published.
     pub durable: watch::Receiver<u64>,
+}
+
+/// Rows of the epoch at hand, which the store must not show before a manifest holds them.
+#[derive(Default)]
+pub struct Settling {
+    rows: Vec<ChangeBatch>,
+    reached: Positions,
+    /// The epoch whose rows were taken over last: once its manifest is published they may be written.
+    epoch: u64,
 }
 
 /// Progress of a shard's flushes, and what could not be flushed.
@@ -118,7 +129,7 @@ impl OnlineTask {
                         continue;
                     }
                 }
-            } else if self.flushes.retry_at.is_some() || self.fence != Fence::Ours {
+            } else if self.flushes.retry_at.is_some() || self.fence != Fence::Ours || !self.settled() {
                 match tokio::time::timeout(LOOK_AGAIN, self.inbox.next()).await {
                     Ok(event) => event?,
                     Err(_) => continue,
@@ -127,21 +138,29 @@ impl OnlineTask {
                 self.inbox.next().await?
             };
             match event {
-                Event::Changes { batch, reached } => {
-                    self.flushes.consumed.raise_all(&reached);
-                    self.push(&batch)?;
-                }
+                Event::Changes { batch, reached } => match &mut self.settling {
+                    Some(settling) => {
+                        settling.reached.raise_all(&reached);
+                        settling.rows.push(batch);
+                    }
+                    None => {
+                        self.flushes.consumed.raise_all(&reached);
+                        self.push(&batch)?;
+                    }
+                },
                 Event::Watermark { time, reached } => {
-                    self.flushes.consumed.raise_all(&reached);
+                    let settling = self.settling.as_mut().map(|settling| &mut settling.reached);
+                    settling.unwrap_or(&mut self.flushes.consumed).raise_all(&reached);
                     self.flushes.watermark = time;
                 }
                 Event::Barrier(barrier) => {
-                    if barrier.last {
+                    self.settle(barrier.epoch)?;
+                    if barrier.last && self.settling.is_none() {
                         self.drain().await?;
                     }
                     self.save(barrier.epoch)?;
                     if barrier.last {
-                        return self.finish().await;
+                        return self.finish(barrier.epoch).await;
                     }
                     self.flushes.probe = true;
                 }
@@ -169,6 +188,20 @@ impl OnlineTask {
         Ok(())
     }
 
+    /// Takes the rows of an epoch that ends into the state.
+    fn settle(&mut self, epoch: u64) -> Result<()> {
+        let Some(settling) = &mut self.settling else { return Ok(()) };
+        settling.epoch = epoch;
+        self.flushes.consumed.raise_all(&settling.reached);
+        let rows = std::mem::take(&mut settling.rows);
+        rows.iter().try_for_each(|batch| self.push(batch))
+    }
+
+    /// Whether the store may show what the state holds.
+    fn settled(&self) -> bool {
+        self.settling.as_ref().is_none_or(|settling| *self.durable.borrow() >= settling.epoch)
+    }
+
     fn held(&self) -> bool {
         self.hold
             .iter()
@@ -181,7 +214,7 @@ impl OnlineTask {
 
     fn may_flush(&self) -> bool {
         let wanted = self.newest.dirty_len() > 0 || self.flushes.probe;
-        self.fence == Fence::Ours && wanted && !self.waits() && !self.held()
+        self.fence == Fence::Ours && wanted && !self.waits() && !self.held() && self.settled()
     }
 
     fn may_regain(&self) -> bool {
@@ -312,9 +345,12 @@ impl OnlineTask {
         }
     }
 
-    /// After the last barrier: a store whose fence was lost is filled once the last manifest is published.
-    async fn finish(mut self) -> Result<()> {
-        let Fence::Marked { epoch } = self.fence else { return Ok(()) };
+    /// After the last barrier: a store whose fence was lost, or that shows checkpoints only, is filled once the last
+    /// manifest is published.
+    async fn finish(mut self, epoch: u64) -> Result<()> {
+        if self.fence == Fence::Ours && self.settling.is_none() {
+            return Ok(());
+        }
         if self.durable.wait_for(|durable| *durable >= epoch).await.is_err() {
             return Ok(());
         }

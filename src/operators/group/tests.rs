@@ -77,6 +77,7 @@ fn spec(keys: &[usize]) -> GroupSpec {
         calls: CALLS.iter().enumerate().map(call).collect(),
         exchange: (0..keys.len()).collect(),
         closing: None,
+        total: None,
         want_final: false,
         want_changes: true,
         want_latest: true,
@@ -288,5 +289,91 @@ async fn closed_windows_are_the_batch_answer() {
         panes.advance(END_OF_TIME).unwrap().iter().for_each(|out| add(&mut finals, &out.rows, None));
         assert_eq!(finals, whole, "seed {seed}: final");
         assert!(panes.is_empty() && panes.snapshot(true).unwrap().is_none());
+    }
+}
+
+/// A key, 1, and a number.
+fn numbers() -> SchemaRef {
+    let fields = ["k", "one", "v"].map(|name| Field::new(name, DataType::Int64, name == "k"));
+    Arc::new(Schema::new(fields.to_vec()))
+}
+
+fn sum(schema: &SchemaRef, column: usize) -> Aggregate {
+    let session = SessionContext::new().state();
+    let argument: Arc<dyn PhysicalExpr> = Arc::new(Column::new(schema.field(column).name(), column));
+    let sum = Arc::clone(&session.aggregate_functions()["sum"]);
+    let function = AggregateExprBuilder::new(sum, vec![argument])
+        .schema(Arc::clone(schema))
+        .alias(format!("s{column}"))
+        .build()
+        .unwrap();
+    let output = Arc::new(Field::new(format!("s{column}"), DataType::Int64, true));
+    Aggregate { function: Arc::new(function), arguments: vec![column], filter: None, output }
+}
+
+/// Rows come and are taken back: what changed adds up to the batch answer over the rows that are left, groups without
+/// rows are gone, and the newest rows say the same.
+#[test]
+fn rows_are_taken_back() {
+    let schema = numbers();
+    let cases: u64 = std::env::var("MILLSTREAM_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(64);
+    for seed in 0..cases {
+        let mut dice = Dice(seed);
+        let calls = vec![sum(&schema, 1), sum(&schema, 2)];
+        let spec = GroupSpec { input: Arc::clone(&schema), calls, total: Some(0), ..spec(&[0]) };
+        let mut group = Group::new(spec).unwrap();
+        let mut left: Vec<(Option<i64>, i64)> = Vec::new();
+        let (mut bag, mut latest) = (Bag::new(), BTreeMap::new());
+        for round in 0..1 + dice.roll(10) as i64 {
+            let mut rows: Vec<(Option<i64>, i64, i64)> = Vec::new();
+            for _ in 0..1 + dice.roll(20) {
+                if dice.roll(2) == 0 && !left.is_empty() {
+                    let (k, v) = left.swap_remove(dice.roll(left.len() as u64) as usize);
+                    rows.push((k, v, -1));
+                } else {
+                    let (k, v) = ((dice.roll(6) > 0).then(|| dice.roll(5) as i64), dice.roll(100) as i64);
+                    left.push((k, v));
+                    rows.push((k, v, 1));
+                }
+            }
+            let count = rows.len() as i64;
+            let columns: Vec<ArrayRef> = vec![
+                Arc::new(rows.iter().map(|row| row.0).collect::<Int64Array>()),
+                Arc::new(Int64Array::from(vec![1; rows.len()])),
+                Arc::new(Int64Array::from_iter_values(rows.iter().map(|row| row.1))),
+            ];
+            let order = Int64Array::from_iter_values(round * 100..round * 100 + count);
+            let origin = Origin { time: order.clone(), place: order.clone(), offset: order };
+            let weights = Some(Int64Array::from_iter_values(rows.iter().map(|row| row.2)));
+            let input = RecordBatch::try_new(Arc::clone(&schema), columns).unwrap();
+            let pushed = group.push(&ChangeBatch { rows: input, weights, origin }).unwrap();
+            if let Some(out) = &pushed.changes {
+                add(&mut bag, &out.rows, out.weights.as_ref());
+            }
+            let out = pushed.latest.unwrap();
+            for row in 0..out.num_rows() {
+                let mut one = Bag::new();
+                add(&mut one, &out.rows.slice(row, 1), None);
+                let text = one.into_keys().next().unwrap();
+                let key = text.split('|').next().unwrap().to_owned();
+                match out.weights.as_ref().map_or(1, |weights| weights.value(row)) {
+                    1 => latest.insert(key, text),
+                    _ => latest.remove(&key),
+                };
+            }
+            let mut sums: BTreeMap<Option<i64>, (i64, i64)> = BTreeMap::new();
+            for (k, v) in &left {
+                let entry = sums.entry(*k).or_default();
+                *entry = (entry.0 + 1, entry.1 + v);
+            }
+            let text = |k: &Option<i64>| k.map(|k| k.to_string()).unwrap_or_default();
+            let expected: Bag = sums.iter().map(|(k, (n, v))| (format!("{}|{n}|{v}", text(k)), 1)).collect();
+            assert_eq!(bag, expected, "seed {seed}");
+            assert_eq!(
+                latest.values().map(|row| (row.clone(), 1)).collect::<Bag>(),
+                expected,
+                "seed {seed}: latest"
+            );
+        }
     }
 }

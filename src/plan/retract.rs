@@ -1,0 +1,127 @@
+//! GROUP BY over rows that change: `count`, `sum` and `avg` made of sums that rows can be taken back from.
+//!
+//! The aggregate is rewritten to sums of numbers that are never NULL, and a projection over them: `count(x)` is the sum
+//! of 1 where x is there, `sum(x)` the sum of x, NULL where `count(x)` is 0, `avg(x)` their quotient; FILTER becomes part
+//! of what is summed. Integers and decimals only: they are exact, so what is taken back leaves no trace.
+
+use arrow::datatypes::DataType;
+use datafusion::common::ScalarValue;
+use datafusion::functions_aggregate::sum::sum_udaf;
+use datafusion::logical_expr::{
+    self as logical, Expr, ExprSchemable, LogicalPlan, LogicalPlanBuilder, cast, col, lit, when,
+};
+
+use crate::error::{Error, Place, Result};
+
+/// Name of the sum that counts the rows of a group; it comes first.
+const ROWS: &str = "__rows";
+
+/// Whether an aggregate is one that [`retractable`] made.
+pub(super) fn is_made(aggregate: &logical::Aggregate) -> bool {
+    matches!(aggregate.aggr_expr.first(), Some(Expr::Alias(alias)) if alias.name == ROWS)
+}
+
+/// The aggregate as a projection over sums.
+///
+/// # Errors
+/// User: an aggregate that rows cannot be taken back from.
+pub(super) fn retractable(aggregate: &logical::Aggregate, view: &str, place: &Place) -> Result<LogicalPlan> {
+    let mut sums = Sums { list: vec![sum_udaf().call(vec![lit(1i64)]).alias(ROWS)] };
+    let fields = aggregate.schema.as_arrow().fields();
+    let keys = aggregate.group_expr.len();
+    let mut above = Vec::new();
+    for (call, field) in aggregate.aggr_expr.iter().zip(&fields[keys..]) {
+        let made = sums.made(call, field.data_type(), aggregate)?;
+        let made = made.ok_or_else(|| {
+            let hint = "count, sum and avg of integers and decimals can be taken back; or group the source's rows by \
+                        the final key in one step.";
+            let place = crate::sql::place::find_word(place, "GROUP").unwrap_or_else(|| place.clone());
+            Error::user(format!("{view}: {call} over rows that still change cannot run as a stream yet"))
+                .hint(hint)
+                .at(place)
+        })?;
+        above.push(made.alias(field.name()));
+    }
+    let below = LogicalPlanBuilder::from(aggregate.input.as_ref().clone());
+    let grouped = below.aggregate(aggregate.group_expr.clone(), sums.list)?.build()?;
+    let columns = grouped.schema().columns();
+    let keys = columns[..keys].iter().cloned().map(Expr::Column);
+    Ok(LogicalPlanBuilder::from(grouped.clone()).project(keys.chain(above).collect::<Vec<_>>())?.build()?)
+}
+
+/// DISTINCT over rows that change.
+///
+/// # Errors
+/// Internal, from DataFusion.
+pub(super) fn retractable_distinct(below: &LogicalPlan) -> Result<LogicalPlan> {
+    let columns: Vec<Expr> = below.schema().columns().into_iter().map(Expr::Column).collect();
+    let rows = sum_udaf().call(vec![lit(1i64)]).alias(ROWS);
+    let grouped = LogicalPlanBuilder::from(below.clone()).aggregate(columns.clone(), vec![rows])?;
+    Ok(grouped.project(columns)?.build()?)
+}
+
+/// The planner gives `avg` doubles, also of integers.
+fn exact(argument: &Expr) -> &Expr {
+    match argument {
+        Expr::Cast(cast) if cast.field.data_type() == &DataType::Float64 => &cast.expr,
+        other => other,
+    }
+}
+
+struct Sums {
+    list: Vec<Expr>,
+}
+
+impl Sums {
+    /// The column of a sum, added if it is new.
+    fn sum(&mut self, of: Expr) -> Expr {
+        let sum = sum_udaf().call(vec![of]);
+        let known = self.list.iter().position(|other| matches!(other, Expr::Alias(a) if *a.expr == sum));
+        let at = known.unwrap_or_else(|| {
+            let name = format!("__sum{}", self.list.len());
+            self.list.push(sum.alias(name));
+            self.list.len() - 1
+        });
+        col(format!("__sum{at}"))
+    }
+
+    /// `None` for what cannot be taken back.
+    fn made(&mut self, call: &Expr, output: &DataType, over: &logical::Aggregate) -> Result<Option<Expr>> {
+        let function = match call {
+            Expr::AggregateFunction(function) => function,
+            Expr::Alias(alias) => return self.made(&alias.expr, output, over),
+            _ => return Ok(None),
+        };
+        let params = &function.params;
+        let [argument] = &params.args[..] else { return Ok(None) };
+        if params.distinct || !params.order_by.is_empty() || params.null_treatment.is_some() {
+            return Ok(None);
+        }
+        let argument = exact(argument);
+        let there = argument.clone().is_not_null();
+        let counted = match &params.filter {
+            Some(filter) => there.and(filter.as_ref().clone()),
+            None => there,
+        };
+        let count = self.sum(when(counted.clone(), lit(1i64)).otherwise(lit(0i64))?);
+        if function.func.name() == "count" {
+            return Ok(Some(count));
+        }
+        let (number, zero) = match argument.get_type(over.input.schema())? {
+            DataType::Int8 | DataType::Int16 | DataType::Int32 | DataType::Int64 => {
+                (cast(argument.clone(), DataType::Int64), lit(0i64))
+            }
+            DataType::Decimal128(p, s) => (argument.clone(), lit(ScalarValue::Decimal128(Some(0), p, s))),
+            _ => return Ok(None),
+        };
+        let sum = self.sum(when(counted, number).otherwise(zero)?);
+        let value = match (function.func.name(), output) {
+            ("sum", _) => cast(sum, output.clone()),
+            ("avg", DataType::Float64) => {
+                cast(sum, DataType::Float64) / cast(count.clone(), DataType::Float64)
+            }
+            _ => return Ok(None),
+        };
+        Ok(Some(when(count.not_eq(lit(0i64)), value).end()?))
+    }
+}
