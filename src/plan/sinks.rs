@@ -7,11 +7,13 @@ use std::sync::Arc;
 use arrow::datatypes::SchemaRef;
 use datafusion::logical_expr::LogicalPlan;
 
+use crate::connectors::collect::Collector;
 use crate::connectors::console::ConsoleFormat;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::DeltaConfig;
 #[cfg(feature = "kafka")]
 use crate::connectors::kafka::KafkaSinkConfig;
+use crate::connectors::memory::MemoryStore;
 #[cfg(feature = "redis")]
 use crate::connectors::redis::RedisConfig;
 use crate::error::{Error, Result};
@@ -37,6 +39,8 @@ pub enum SinkKind {
     },
     Console(ConsoleFormat),
     Blackhole,
+    /// In the place of another connector: `millstream test`.
+    Collect(Collector),
 }
 
 /// Where the newest rows are written.
@@ -44,6 +48,8 @@ pub enum SinkKind {
 pub enum OnlineKind {
     /// Of the process; its rows live on in the state.
     Memory,
+    /// In the place of another store: whoever started the run reads it.
+    Held(Arc<MemoryStore>),
     #[cfg(feature = "redis")]
     Redis(RedisConfig),
 }
@@ -57,6 +63,8 @@ pub struct SinkPlan {
     pub schema: SchemaRef,
     /// Key columns of an online sink or of Kafka records; empty for the others.
     pub key: Vec<usize>,
+    /// A column that never falls along the order of the rows: the event time, or what is left of it.
+    pub order: Option<usize>,
 }
 
 /// Plans the sinks of a catalog (all, or those named), and everything below them.
@@ -186,7 +194,9 @@ fn add_sink(
     let keyed = online || emission == Emission::Latest || lowered.updating && !key.is_empty();
     let exchange = if keyed { online_exchange(sink, &lowered, &key)? } else { None };
     let edge = Edge { from: lowered.node, port: lowered.port, exchange, branch: 0 };
-    let sink_plan = SinkPlan { name: sink.name.clone(), kind, emission, schema: Arc::clone(&schema), key };
+    let order = lowered.time.or_else(|| lowered.closes.iter().position(Option::is_some));
+    let sink_plan =
+        SinkPlan { name: sink.name.clone(), kind, emission, schema: Arc::clone(&schema), key, order };
     lowering.add(sink.name.clone(), NodeKind::Sink(sink_plan), Some(edge), schema);
     Ok(())
 }
@@ -412,6 +422,7 @@ impl fmt::Display for SinkPlan {
             SinkKind::Online { .. } => f.write_str("memory")?,
             SinkKind::Console(_) => f.write_str("console")?,
             SinkKind::Blackhole => f.write_str("blackhole")?,
+            SinkKind::Collect(_) => f.write_str("collect")?,
         }
         write!(f, ", emission {emission}")?;
         if let SinkKind::Online { ttl_micros: Some(ttl), .. } = &self.kind {
