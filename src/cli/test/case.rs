@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use arrow::array::{Array, RecordBatch};
 use arrow::compute::{cast, concat_batches};
-use arrow::datatypes::SchemaRef;
+use arrow::datatypes::{DataType, SchemaRef};
 
 use super::compare::{Row, TOLERANCE, Wanted, cells};
 use super::fixture::{Case, Expect};
@@ -246,7 +246,8 @@ impl Target<'_> {
         if !self.online {
             return Ok(all);
         }
-        let order = self.order.map(|column| order_values(rows, column)).transpose()?;
+        let is_time = |column: &usize| matches!(rows.column(*column).data_type(), DataType::Timestamp(..));
+        let order = self.order.filter(is_time).map(|column| order_values(rows, column)).transpose()?;
         let time =
             |row: usize| order.as_ref().filter(|order| order.is_valid(row)).map(|order| order.value(row));
         let keys = cells(rows, &self.key)?;

@@ -185,19 +185,29 @@ impl Difference {
         missing.into_iter().chain(others).collect::<Vec<_>>().join(", ")
     }
 
-    /// The rows as an aligned table, those that are near each other side by side.
+    /// The rows as an aligned table, each missing one above the found one that is most like it. In a partial
+    /// comparison found rows have no mark.
     pub fn table(&self, columns: &[String], partial: bool) -> String {
         let blank = |(row, named): &(Row, Vec<bool>)| {
             let cell = |(cell, named): (&Cell, &bool)| if *named { shown(cell) } else { String::new() };
             row.iter().zip(named).map(cell).collect::<Vec<_>>()
         };
-        let mut lines: Vec<(Vec<String>, char)> =
-            self.missing.iter().map(|missing| (blank(missing), '-')).collect();
         let mark = if partial { ' ' } else { '+' };
-        lines.extend(self.others.iter().map(|row| (row.iter().map(shown).collect(), mark)));
-        // '-' before '+' of an equal beginning.
-        lines.sort_by(|(a, x), (b, y)| a.cmp(b).then(y.cmp(x)));
-        let hidden = lines.len().saturating_sub(SHOWN);
+        let mut missing: Vec<Vec<String>> = self.missing.iter().map(blank).collect();
+        let mut others: Vec<Vec<String>> =
+            self.others.iter().map(|row| row.iter().map(shown).collect()).collect();
+        missing.sort();
+        others.sort();
+        let mut lines: Vec<(Vec<String>, char)> = Vec::new();
+        for row in missing.into_iter().take(SHOWN) {
+            let alike = |other: &[String]| row.iter().zip(other).filter(|(a, b)| a == b).count();
+            let near = (0..others.len().min(SHOWN)).rev().max_by_key(|at| alike(&others[*at]));
+            let near = near.filter(|at| alike(&others[*at]) > 0).map(|at| others.remove(at));
+            lines.push((row, '-'));
+            lines.extend(near.map(|row| (row, mark)));
+        }
+        lines.extend(others.into_iter().map(|row| (row, mark)));
+        let hidden = (self.missing.len() + self.others.len()).saturating_sub(SHOWN.min(lines.len()));
         lines.truncate(SHOWN);
         lines.insert(0, (columns.to_vec(), ' '));
         let width = |column: usize| {
@@ -249,7 +259,7 @@ mod tests {
         let difference = want.compare(&found(&["a 1", "b _", "b 0", "c 1"])).unwrap();
         assert_eq!(difference.summary(false), "2 rows missing (-), 2 rows not expected (+)");
         let table = difference.table(&want.columns, false);
-        assert_eq!(table, "  name  x\n- a     1\n+ b     0\n+ c     1\n- c     NaN\n");
+        assert_eq!(table, "  name  x\n- a     1\n+ c     1\n- c     NaN\n+ b     0\n");
     }
 
     #[test]

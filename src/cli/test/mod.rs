@@ -25,7 +25,23 @@ use crate::stream::clock::Clock;
 use case::{Bench, Verdict};
 use fixture::{Case, Fixture};
 
+/// Below `millstream test --help`.
+const EXAMPLE: &str = "\
+A fixture, sql/p.test.yaml beside sql/p.sql:
+  cases:
+    - name: what it shows
+      input:
+        a_source: [{id: 1, at: 2026-01-02T00:00:00Z}, this is a bad record]
+      expect:
+        a_view: [{id: 1, n: 1}]
+        a_sink: {partial: true, csv: \"id\\n1\"}
+      late: 0
+      dead_letters: 1
+Rows are YAML maps (rows:, or the list alone), csv:, ndjson: or file: (a path from the fixture's folder). \
+partial: more rows and columns are fine; tolerance: of floats. pipeline: names other SQL files, variables: sets ${…}.";
+
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLE)]
 pub struct TestArgs {
     /// Folders, SQL files (their fixture lies beside them: p.test.yaml beside p.sql) or fixtures.
     #[arg(default_value = "./sql")]

@@ -21,6 +21,8 @@ struct Row {
     fields: Vec<(String, Place, String)>,
     /// The whole row as it was written, where it is JSON already: no digit is lost.
     raw: Option<String>,
+    /// Of CSV or NDJSON.
+    line: Option<u64>,
     place: Place,
 }
 
@@ -108,7 +110,8 @@ pub fn expected(data: &Data, schema: &SchemaRef, relation: &str) -> Result<Expec
     for row in &rows {
         known(row, &schema, relation)?;
         decoder.push(row.json().as_bytes()).map_err(|fault| {
-            Error::user(format!("the expected row is none of {relation}: {}", fault.message))
+            let line = row.line.map(|line| format!(" in line {line}")).unwrap_or_default();
+            Error::user(format!("the expected row{line} is none of {relation}: {}", fault.message))
                 .at(row.place.clone())
         })?;
         let names = |field: &Arc<Field>| row.fields.iter().any(|(name, _, _)| name == field.name());
@@ -130,7 +133,7 @@ fn known(row: &Row, schema: &Schema, owner: &str) -> Result<()> {
 
 fn row_of(node: &Node, entries: &[(Key, Node)]) -> Row {
     let field = |(key, value): &(Key, Node)| (key.name.clone(), key.place.clone(), value.json());
-    Row { fields: entries.iter().map(field).collect(), raw: None, place: node.place.clone() }
+    Row { fields: entries.iter().map(field).collect(), raw: None, line: None, place: node.place.clone() }
 }
 
 fn lines(text: &Text) -> impl Iterator<Item = (usize, &str)> {
@@ -146,7 +149,12 @@ fn ndjson_rows(text: &Text) -> Result<Vec<Row>> {
         })?;
         let field = |(name, json): (String, serde_json::Value)| (name, text.place.clone(), json.to_string());
         let fields = object.into_iter().map(field).collect();
-        Ok(Row { fields, raw: Some(line.to_owned()), place: text.place.clone() })
+        Ok(Row {
+            fields,
+            raw: Some(line.to_owned()),
+            line: Some(number as u64 + 1),
+            place: text.place.clone(),
+        })
     };
     lines(text).map(row).collect()
 }
@@ -160,12 +168,13 @@ fn csv_rows(text: &Text, schema: &Schema) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for record in reader.records() {
         let record = record.map_err(wrong)?;
+        let line = record.position().map(csv::Position::line);
         let field = |(name, value): (&str, &str)| {
             let column = schema.field_with_name(name).map(Field::data_type);
             (name.to_owned(), text.place.clone(), csv_json(value, column.unwrap_or(&DataType::Utf8)))
         };
         let fields = header.iter().zip(&record).map(field).collect();
-        rows.push(Row { fields, raw: None, place: text.place.clone() });
+        rows.push(Row { fields, raw: None, line, place: text.place.clone() });
     }
     Ok(rows)
 }

@@ -200,7 +200,7 @@ impl Shape {
         let parallelism = [1 + dice.index(4), 1 + dice.index(4)];
         let checkpoint = Duration::from_millis(1 + dice.roll(20));
         let cut = partitions.iter().map(|records| dice.index(records.len() + 1)).collect();
-        let cut = (seed % 3 > 0 && !prepared.records.is_empty()).then_some(cut);
+        let cut = (!seed.is_multiple_of(3) && !prepared.records.is_empty()).then_some(cut);
         Self { partitions, parallelism, checkpoint, cut, kill: seed % 3 == 2, seed }
     }
 

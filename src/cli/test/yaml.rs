@@ -295,7 +295,7 @@ mod tests {
     fn faults_have_a_place() {
         assert_eq!(fault("a: 1\nb: 2\na: 3"), ("the key a stands here twice".to_owned(), 3, 1));
         assert_eq!(fault("a: 1\n---\nb: 2").1, 2);
-        assert_eq!(fault("a: [1, 2").1, 1);
+        assert!(fault("a: [1, 2").0.starts_with("this is no YAML: "));
         assert_eq!(fault("? [1]\n: 2").0, "a key is a word or a text");
         assert_eq!(fault(&"[".repeat(100)).0, "the YAML nests too deep");
         let bomb: String = (1..20).fold("a0: &a0 [x]\n".to_owned(), |text, n| {
