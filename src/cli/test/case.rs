@@ -85,7 +85,7 @@ impl Bench {
         }
         let names: BTreeSet<String> = targets.iter().map(|target| target.source.clone()).collect();
         let mut faults = Vec::new();
-        let (mut late, mut dead) = (0, 0);
+        let (mut late, mut dead, mut ran) = (0, 0, true);
         for name in names {
             let targets: Vec<&Target<'_>> = targets.iter().filter(|target| target.source == name).collect();
             let Some(source) = sources.get(&name) else { continue };
@@ -99,6 +99,7 @@ impl Bench {
                 Ok(prepared) => prepared,
                 Err(error) => {
                     faults.push(failed(error, format!("source {name}"), String::new(), None)?);
+                    ran = false;
                     continue;
                 }
             };
@@ -108,10 +109,10 @@ impl Bench {
             for target in &targets {
                 faults.extend(batch(&catalog, &sources, &prepared, target, dropped).await?);
             }
+            ran &= first.is_some();
             late += first.as_ref().map_or(0, |first| first.late);
             dead += first.as_ref().map_or(0, |first| first.dead.len() as u64);
         }
-        let ran = faults.iter().all(|fault| fault.seed.is_none());
         for (what, wanted, found) in
             [("late rows", case.late, late), ("dead letters", case.dead_letters, dead)]
         {
@@ -173,8 +174,8 @@ fn failed(error: Error, what: String, details: String, seed: Option<u64>) -> Res
     if error.domain() == Domain::User {
         return Err(error);
     }
-    let hint = error.hint_text().map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
-    Ok(Fault { what: format!("{what}: {error}"), details: format!("{details}{hint}"), seed })
+    let hint = error.hint_text().map(|hint| format!("hint: {hint}\n")).unwrap_or_default();
+    Ok(Fault { what: format!("{what}: {error}"), details: hint + &details, seed })
 }
 
 fn compare_stream(
