@@ -10,6 +10,7 @@
 
 mod case;
 mod faults;
+mod fixtures;
 mod groups;
 mod layout;
 mod online;

@@ -5,6 +5,7 @@
 
 mod introspect;
 mod newest;
+mod over;
 
 use std::sync::Arc;
 
@@ -20,6 +21,8 @@ use crate::plan::views::{located, quoted};
 use crate::plan::{SinkKind, SinkPlan, StreamPlan};
 use crate::sql::wildcard::hide;
 use crate::sql::{Catalog, SourceText, Statement, Variables};
+
+pub use over::over;
 
 /// The rows of a query and their schema.
 pub struct Answer {

@@ -5,6 +5,7 @@
 mod dev;
 mod output;
 mod progress;
+mod test;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -52,6 +53,12 @@ enum Command {
     Run(RunArgs),
     /// Runs a query over sinks, tables and files.
     Query(QueryArgs),
+    /// Runs the cases of fixtures (p.test.yaml beside p.sql), as a stream and as a batch; needs no service.
+    ///
+    /// Each case names rows of the sources and the rows that views and sinks must have. It runs as a stream several
+    /// times, each with other cuts, partitions, order within the lateness, parallelism and restarts, and once as a
+    /// batch. Differences are on stdout, the exit code is 1 when a case fails.
+    Test(test::TestArgs),
 }
 
 #[derive(Debug, Args)]
@@ -112,9 +119,10 @@ pub fn main() -> ExitCode {
     };
     #[expect(clippy::disallowed_methods, reason = "cli prints; logs go to stderr")]
     tracing_subscriber::fmt()
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("MILLSTREAM_LOG").unwrap_or_else(|_| {
-            tracing_subscriber::EnvFilter::new("warn,delta_kernel=error,deltalake_core=error")
-        }))
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("MILLSTREAM_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(cli.command.log_filter())),
+        )
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
@@ -122,7 +130,7 @@ pub fn main() -> ExitCode {
     let done = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let done = done.map_err(|e| Error::external("the async runtime cannot be started").because(e));
     match done.and_then(|runtime| runtime.block_on(dispatch(cli.command))) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprint!("{}", render(&error));
             ExitCode::from(if error.domain() == Domain::User { 2 } else { 3 })
@@ -130,8 +138,19 @@ pub fn main() -> ExitCode {
     }
 }
 
-async fn dispatch(command: Command) -> Result<()> {
-    match command {
+impl Command {
+    /// What is logged unless `MILLSTREAM_LOG` says otherwise. Bad records and kills are what tests are made of.
+    fn log_filter(&self) -> &'static str {
+        match self {
+            Self::Test(_) => "error",
+            _ => "warn,delta_kernel=error,deltalake_core=error",
+        }
+    }
+}
+
+/// The exit code of what ran to its end.
+async fn dispatch(command: Command) -> Result<ExitCode> {
+    let done = match command {
         Command::Check(files) => {
             let catalog = load(&files)?;
             crate::plan::sinks::check_views(&catalog).await?;
@@ -152,7 +171,9 @@ async fn dispatch(command: Command) -> Result<()> {
         Command::Dev(files) => dev::run(files).await,
         Command::Run(args) => run(args).await,
         Command::Query(args) => query(args).await,
-    }
+        Command::Test(args) => return test::run(args).await,
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 fn overrides(set: &[String]) -> Result<BTreeMap<String, String>> {

@@ -2,10 +2,11 @@
 //!
 //! A source is a [`SourceConnector`] that lists its partitions and opens [`SourceReader`]s; a reader is a blocking
 //! object that lives on its own thread. Sinks come in three kinds, by what they promise:
-//! [`AppendSink`] (at least once: Kafka, console), the Delta writer and committer (exactly once, by epoch), and
-//! [`OnlineStore`] (newest value per key, fenced: Redis, memory).
+//! [`AppendSink`] (at least once: Kafka, console), the Delta writer and committer (exactly once, by epoch; a
+//! [`collect::Collector`] in tests), and [`OnlineStore`] (newest value per key, fenced: Redis, memory).
 
 pub mod blackhole;
+pub mod collect;
 pub mod console;
 #[cfg(feature = "delta")]
 pub mod delta;
@@ -18,6 +19,7 @@ pub mod kafka;
 pub mod memory;
 pub mod ndjson;
 pub mod partition;
+pub mod records;
 #[cfg(feature = "redis")]
 pub mod redis;
 

@@ -47,7 +47,7 @@ pub struct Edge {
     pub branch: u8,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Node {
     /// Stable across restarts as long as the SQL is: names state files and manifest entries.
     pub id: String,
@@ -58,7 +58,7 @@ pub struct Node {
     pub schema: SchemaRef,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum NodeKind {
     Source(SourcePlan),
     Filter {
@@ -92,7 +92,7 @@ pub enum NodeKind {
 }
 
 /// What a set of sinks needs to run.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct StreamPlan {
     pub nodes: Vec<Node>,
 }

@@ -7,11 +7,13 @@ use std::sync::Arc;
 use arrow::datatypes::SchemaRef;
 use datafusion::logical_expr::LogicalPlan;
 
+use crate::connectors::collect::Collector;
 use crate::connectors::console::ConsoleFormat;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::DeltaConfig;
 #[cfg(feature = "kafka")]
 use crate::connectors::kafka::KafkaSinkConfig;
+use crate::connectors::memory::MemoryStore;
 use crate::connectors::ndjson::NdjsonConfig;
 #[cfg(feature = "redis")]
 use crate::connectors::redis::RedisConfig;
@@ -39,6 +41,8 @@ pub enum SinkKind {
     Ndjson(NdjsonConfig),
     Console(ConsoleFormat),
     Blackhole,
+    /// In the place of another connector: `millstream test`.
+    Collect(Collector),
 }
 
 /// Where the newest rows are written.
@@ -46,6 +50,8 @@ pub enum SinkKind {
 pub enum OnlineKind {
     /// Of the process; its rows live on in the state.
     Memory,
+    /// In the place of another store: whoever started the run reads it.
+    Held(Arc<MemoryStore>),
     #[cfg(feature = "redis")]
     Redis(RedisConfig),
 }
@@ -62,6 +68,8 @@ pub struct SinkPlan {
     /// An online store gets what a checkpoint holds, not more: keys may come and go that another cut of the input never
     /// has, and nobody would delete them after a crash.
     pub settled: bool,
+    /// A column that never falls along the order of the rows: the event time, or what is left of it.
+    pub order: Option<usize>,
 }
 
 /// Plans the sinks of a catalog (all, or those named), and everything below them.
@@ -198,6 +206,7 @@ fn add_sink(
         schema: Arc::clone(&schema),
         key,
         settled: lowered.retracts,
+        order: lowered.time.or_else(|| lowered.closes.iter().position(Option::is_some)),
     };
     lowering.add(sink.name.clone(), NodeKind::Sink(sink_plan), Some(edge), schema);
     Ok(())
@@ -430,6 +439,7 @@ impl fmt::Display for SinkPlan {
             SinkKind::Ndjson(config) => write!(f, "ndjson {}", config.location)?,
             SinkKind::Console(_) => f.write_str("console")?,
             SinkKind::Blackhole => f.write_str("blackhole")?,
+            SinkKind::Collect(_) => f.write_str("collect")?,
         }
         write!(f, ", emission {emission}")?;
         if self.settled && self.emission == Emission::Latest {

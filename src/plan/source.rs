@@ -18,6 +18,7 @@ use crate::connectors::formats::OnError;
 use crate::connectors::generator::GeneratorConfig;
 #[cfg(feature = "kafka")]
 use crate::connectors::kafka::KafkaSourceConfig;
+use crate::connectors::records::RecordTopic;
 use crate::error::{Error, Result};
 use crate::sql::options::Options;
 use crate::sql::{CreateSource, interval};
@@ -29,6 +30,8 @@ pub enum SourceKind {
     Kafka(KafkaSourceConfig),
     Generator(GeneratorConfig),
     Files(FilesConfig),
+    /// In the place of another connector: `millstream test`.
+    Records(RecordTopic),
 }
 
 #[derive(Debug, Clone)]
@@ -81,7 +84,7 @@ impl SourcePlan {
             #[cfg(feature = "kafka")]
             SourceKind::Kafka(config) => config.on_error,
             SourceKind::Files(config) => config.on_error,
-            SourceKind::Generator(_) => OnError::Fail,
+            SourceKind::Generator(_) | SourceKind::Records(_) => OnError::Fail,
         };
         options.finish().map_err(|error| error.at(source.place.clone()))?;
         let mut fields: Vec<Field> = physical.fields().iter().map(|f| f.as_ref().clone()).collect();
@@ -213,6 +216,7 @@ impl fmt::Display for SourcePlan {
             SourceKind::Kafka(config) => write!(f, "kafka topic {}", config.topic)?,
             SourceKind::Files(config) => write!(f, "files {}", config.path)?,
             SourceKind::Generator(_) => f.write_str("generator")?,
+            SourceKind::Records(_) => f.write_str("records")?,
         }
         match self.event_time {
             Some(column) => {

@@ -21,9 +21,9 @@ use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::{KeyedTask, Saver};
 use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
 use crate::runtime::report::{Command, Metrics, Report};
-use crate::runtime::sinks::AppendTask;
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
+use crate::runtime::sinks::{AppendTask, CollectTask};
 use crate::runtime::source::{SourceState, SourceTask};
 use crate::runtime::start::{World, restore};
 #[cfg(feature = "delta")]
@@ -210,6 +210,9 @@ impl Graph<'_> {
     async fn spawn_sink(&mut self, node: NodeId, sink: &SinkPlan) -> Result<()> {
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
         let restored = restore(self.world, &self.plan.nodes[node].id, "newest", self.parallelism).await?;
+        if let SinkKind::Collect(collector) = &sink.kind {
+            collector.take_over(self.world.manifest.generation, self.world.manifest.epoch);
+        }
         for (shard, receivers) in inboxes.into_iter().enumerate() {
             let inbox = Inbox::new(receivers, START_OF_TIME);
             let (reports, metrics) = (self.reports.clone(), Arc::clone(&self.metrics));
@@ -243,6 +246,10 @@ impl Graph<'_> {
                         durable: self.durable.clone(),
                     };
                     self.run(task.run());
+                }
+                SinkKind::Collect(collector) => {
+                    let (collector, generation) = (collector.clone(), self.world.manifest.generation);
+                    self.run(CollectTask { node, collector, generation, inbox, reports }.run());
                 }
                 other => {
                     let sink = append_sink(other, sink, self.console, &self.world.manifest, shard).await?;

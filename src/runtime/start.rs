@@ -118,6 +118,7 @@ async fn connector(
             let generator = crate::connectors::generator::GeneratorSource::new(config.clone(), start, Clock);
             Ok((Arc::new(generator), Some(start.into())))
         }
+        SourceKind::Records(topic) => Ok((Arc::new(topic.clone()), None)),
     }
 }
 
@@ -150,6 +151,7 @@ async fn online_stores(
                     crate::connectors::redis::RedisStore::connect(config, name, &sink.name, &sink.schema);
                 Arc::new(store.await?)
             }
+            OnlineKind::Held(store) => Arc::clone(store) as Arc<dyn OnlineStore>,
             OnlineKind::Memory => Arc::new(MemoryStore::new(Arc::clone(&sink.schema), sink.key.clone())?),
         };
         stores.push((node, store));
