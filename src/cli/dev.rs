@@ -25,7 +25,7 @@ pub async fn run(files: Files) -> Result<()> {
     let memory = prepare(&mut plan, &broker, &state).await?;
     let looked_at = sinks(&plan);
     let producer = producer(&files, &brokers).await?;
-    let metrics = Metrics::shared();
+    let metrics = Metrics::of(&plan);
     let (stop, stopped) = watch::channel(false);
     let (stop_producer, producer_stopped) = watch::channel(false);
     let signals = progress::on_signal(stop_producer)?;
@@ -40,7 +40,7 @@ pub async fn run(files: Files) -> Result<()> {
         let fed = match producer {
             Some((plan, name)) => {
                 let options = options(&name, &format!("./.millstream/{name}"));
-                crate::runtime::run(plan, options, Metrics::shared(), producer_stopped).await.map(|_| ())
+                crate::runtime::run(plan, options, Arc::default(), producer_stopped).await.map(|_| ())
             }
             None => {
                 let mut stopped = producer_stopped;

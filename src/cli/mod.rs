@@ -212,7 +212,7 @@ async fn run(args: RunArgs) -> Result<()> {
         close: args.close,
         console: output::console,
     };
-    let metrics = Metrics::shared();
+    let metrics = Metrics::of(&plan);
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let signals = progress::on_signal(stop)?;
     let lines = progress::lines(Arc::clone(&metrics), false);

@@ -39,6 +39,23 @@ pub enum SinkKind {
     Blackhole,
 }
 
+impl SinkKind {
+    /// The connector's name in SQL.
+    pub fn connector(&self) -> &'static str {
+        match self {
+            #[cfg(feature = "delta")]
+            Self::Delta(_) => "delta",
+            #[cfg(feature = "kafka")]
+            Self::Kafka(_) => "kafka",
+            #[cfg(feature = "redis")]
+            Self::Online { store: OnlineKind::Redis(_), .. } => "redis",
+            Self::Online { .. } => "memory",
+            Self::Console(_) => "console",
+            Self::Blackhole => "blackhole",
+        }
+    }
+}
+
 /// Where the newest rows are written.
 #[derive(Debug, Clone)]
 pub enum OnlineKind {

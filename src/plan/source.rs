@@ -199,13 +199,19 @@ fn event_time(source: &CreateSource, fields: &[Field]) -> Result<Option<usize>> 
     Ok(Some(column))
 }
 
+impl fmt::Display for SourceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            #[cfg(feature = "kafka")]
+            Self::Kafka(config) => write!(f, "kafka topic {}", config.topic),
+            Self::Generator(_) => f.write_str("generator"),
+        }
+    }
+}
+
 impl fmt::Display for SourcePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.kind {
-            #[cfg(feature = "kafka")]
-            SourceKind::Kafka(config) => write!(f, "kafka topic {}", config.topic)?,
-            SourceKind::Generator(_) => f.write_str("generator")?,
-        }
+        write!(f, "{}", self.kind)?;
         match self.event_time {
             Some(column) => {
                 let late = interval::display_micros(self.lateness);

@@ -14,7 +14,7 @@ use crate::operators::stateless::{Failed, filter, filter_newest, project, unnest
 use crate::plan::{NodeId, NodeKind, StreamPlan};
 use crate::runtime::letters;
 use crate::state::keys::{hash_keys, scatter};
-use crate::stream::{ChangeBatch, DeadLetter, Message, Port, Positions, Stage};
+use crate::stream::{ChangeBatch, DeadLetter, Message, Port, Reached, Stage};
 
 /// Where the rows of a stage leave it.
 #[derive(Debug, Clone)]
@@ -62,7 +62,7 @@ impl Chain {
         from: NodeId,
         port: Port,
         batch: &ChangeBatch,
-        reached: &Arc<Positions>,
+        reached: &Arc<Reached>,
         out: &mut Outgoing,
     ) -> Result<()> {
         if batch.num_rows() == 0 {
@@ -113,7 +113,7 @@ impl Chain {
         &mut self,
         at: usize,
         batch: &ChangeBatch,
-        reached: &Arc<Positions>,
+        reached: &Arc<Reached>,
         out: &mut Outgoing,
     ) -> Result<()> {
         let outlet = &self.outlets[at];

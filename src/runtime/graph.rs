@@ -18,8 +18,9 @@ use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::grouped::GroupTask;
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::{KeyedTask, Saver};
+use crate::runtime::metrics::Metrics;
 use crate::runtime::online::{Fence, FlushState, OnlineTask};
-use crate::runtime::report::{Command, Metrics, Report};
+use crate::runtime::report::{Command, Report};
 use crate::runtime::sinks::AppendTask;
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
@@ -206,7 +207,7 @@ impl Graph<'_> {
         let restored = restore(self.world, &self.plan.nodes[node].id, "newest", self.parallelism).await?;
         for (shard, receivers) in inboxes.into_iter().enumerate() {
             let inbox = Inbox::new(receivers, START_OF_TIME);
-            let (reports, metrics) = (self.reports.clone(), Arc::clone(&self.metrics));
+            let (reports, metrics) = (self.reports.clone(), self.metrics.sink(node));
             match &sink.kind {
                 #[cfg(feature = "delta")]
                 SinkKind::Delta(config) => self.spawn_table(node, shard, sink, config, inbox)?,
@@ -255,7 +256,7 @@ impl Graph<'_> {
         config: &DeltaConfig,
         inbox: Inbox,
     ) -> Result<()> {
-        let (reports, metrics) = (self.reports.clone(), Arc::clone(&self.metrics));
+        let (reports, metrics) = (self.reports.clone(), self.metrics.sink(node));
         let tag = format!("g{:08}-s{shard}", self.world.manifest.generation);
         if let Mode::Upsert { .. } = config.mode {
             let (key, topics) = (sink.key.clone(), self.world.source.topics());
@@ -285,6 +286,8 @@ impl Graph<'_> {
         };
         let places = self.world.positions.iter().map(|(place, _)| (place, known(place)));
         let watermarks = SourceClock::new(plan.lateness, places, stored.and_then(|s| s.watermark));
+        let counted = self.metrics.source(node);
+        counted.watch(watermarks.clone());
         let mut commands = Vec::new();
         for (shard, chain) in chains.into_iter().enumerate() {
             let mine = |(_, (place, _)): &(usize, (Place, i64))| {
@@ -309,6 +312,7 @@ impl Graph<'_> {
                 commands: receiver,
                 reports: self.reports.clone(),
                 metrics: Arc::clone(&self.metrics),
+                counted: Arc::clone(&counted),
                 state: SourceState::default(),
             };
             let reports = self.reports.clone();

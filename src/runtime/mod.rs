@@ -11,6 +11,7 @@ mod grouped;
 pub mod inbox;
 mod keyed;
 mod letters;
+pub mod metrics;
 mod online;
 pub mod report;
 mod sinks;
@@ -26,5 +27,5 @@ mod upsert;
 pub mod watermark;
 
 pub use coordinator::{Outcome, RunOptions, run};
-pub use report::Metrics;
+pub use metrics::Metrics;
 pub use start::stored_positions;
