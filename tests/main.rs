@@ -9,6 +9,7 @@
 )]
 
 mod case;
+mod dev;
 mod faults;
 mod groups;
 mod layout;

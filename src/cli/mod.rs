@@ -3,8 +3,12 @@
 
 #[cfg(feature = "kafka")]
 mod dev;
+mod live;
 mod output;
 mod progress;
+mod screen;
+mod table;
+mod view;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -47,7 +51,7 @@ enum Command {
     Explain(Files),
     /// Runs everything embedded: in-process Kafka, the sample producer (F_producer.sql), a local lake.
     #[cfg(feature = "kafka")]
-    Dev(Files),
+    Dev(dev::DevArgs),
     /// Runs the pipeline.
     Run(RunArgs),
     /// Runs a query over sinks, tables and files.
@@ -76,6 +80,9 @@ struct RunArgs {
     /// Shards of every stage; default: the cores.
     #[arg(long)]
     parallelism: Option<usize>,
+    /// A line every second instead of the live view, on a terminal too.
+    #[arg(long)]
+    plain: bool,
     /// Time between checkpoints.
     #[arg(long, default_value = "10s", value_parser = duration)]
     checkpoint: Duration,
@@ -110,13 +117,12 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    #[expect(clippy::disallowed_methods, reason = "cli prints; logs go to stderr")]
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::try_from_env("MILLSTREAM_LOG").unwrap_or_else(|_| {
             tracing_subscriber::EnvFilter::new("warn,delta_kernel=error,deltalake_core=error")
         }))
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(screen::Log::default)
+        .with_ansi(screen::is_terminal())
         .with_target(false)
         .init();
     let done = tokio::runtime::Builder::new_multi_thread().enable_all().build();
@@ -149,7 +155,7 @@ async fn dispatch(command: Command) -> Result<()> {
             output::text(&plan.to_string())
         }
         #[cfg(feature = "kafka")]
-        Command::Dev(files) => dev::run(files).await,
+        Command::Dev(args) => dev::run(args).await,
         Command::Run(args) => run(args).await,
         Command::Query(args) => query(args).await,
     }
@@ -215,7 +221,8 @@ async fn run(args: RunArgs) -> Result<()> {
     let metrics = Metrics::of(&plan);
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let signals = progress::on_signal(stop)?;
-    let lines = progress::lines(Arc::clone(&metrics), false);
+    let show = live::Show { plain: args.plain, title: format!("run {name}"), sample: false };
+    let lines = live::show(Arc::clone(&metrics), show)?;
     let done = tokio::select! {
         done = crate::runtime::run(plan, options, Arc::clone(&metrics), stopped) => done,
         never = signals => match never {},

@@ -26,7 +26,8 @@ pub fn on_signal(stop: Sender<bool>) -> Result<impl Future<Output = Infallible>>
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
-        eprintln!("stopping: last checkpoint");
+        super::live::STOPPING.store(true, Ordering::Relaxed);
+        super::screen::note("stopping: last checkpoint");
         stop.send_replace(true);
         // Keeps the sender alive: a closed channel is no stop.
         let never = std::future::pending().await;

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::common::DFSchema;
+use datafusion::physical_expr::expressions::Column;
+use datafusion::physical_expr::utils::collect_columns;
 use datafusion::physical_plan::PhysicalExpr;
 use datafusion::prelude::SessionContext;
 use sqlparser::ast::ExprWithAlias;
@@ -107,6 +109,24 @@ impl SourcePlan {
     /// Names of the columns that `SELECT *` leaves out.
     pub fn hidden(&self) -> Vec<String> {
         self.schema.fields()[self.visible..].iter().map(|field| field.name().clone()).collect()
+    }
+
+    /// Fields of a record that make its event time; empty without a WATERMARK.
+    pub fn fields_of_event_time(&self) -> Vec<String> {
+        let mut open: Vec<usize> = self.event_time.into_iter().collect();
+        let mut fields = Vec::new();
+        let physical = self.physical.fields().len();
+        while let Some(column) = open.pop() {
+            match column.checked_sub(physical).and_then(|at| self.computed.get(at)) {
+                // A computed column reads those before it only, so this ends.
+                Some((expr, _)) => open.extend(collect_columns(expr).iter().map(Column::index)),
+                None if column < physical => fields.push(self.physical.field(column).name().clone()),
+                None => {}
+            }
+        }
+        fields.sort();
+        fields.dedup();
+        fields
     }
 
     pub fn has_metadata(&self) -> bool {

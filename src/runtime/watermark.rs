@@ -212,7 +212,8 @@ mod tests {
         assert_eq!((holding.furthest, holding.partitions, holding.idle), (Some(90), 3, 0));
         clock.mark_idle(place(1));
         assert_eq!(clock.holding().slowest, Some((place(2), Some(60))));
-        (clock.mark_idle(place(0)), clock.mark_idle(place(2)));
+        clock.mark_idle(place(0));
+        clock.mark_idle(place(2));
         assert_eq!((clock.holding().slowest, clock.holding().idle), (None, 3));
     }
 
