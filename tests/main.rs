@@ -14,6 +14,7 @@ mod faults;
 mod groups;
 mod layout;
 mod online;
+mod options;
 mod pipeline;
 mod slt;
 mod statements;

@@ -14,6 +14,7 @@ use datafusion::datasource::MemTable;
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
 
+use crate::connectors::reference::{self, Role};
 use crate::error::{Error, Result};
 use crate::plan::session::batch_session;
 use crate::plan::views::{located, quoted};
@@ -116,7 +117,18 @@ async fn register(
     if let Some(table) = catalog.table(name) {
         let mut options = table.options.clone();
         let connector = options.required("connector")?;
+        let known = reference::options(&connector, Role::Table);
+        let unknown = || {
+            Error::user(format!("table {name}: connector '{connector}' is not known"))
+                .hint(reference::hint(&connector, Role::Table))
+                .at(table.place.clone())
+        };
+        if known.is_empty() {
+            return Err(unknown());
+        }
+        options.declare(known);
         let location = options.required("location")?;
+        options.finish().map_err(|error| error.at(table.place.clone()))?;
         match connector.as_str() {
             #[cfg(feature = "delta")]
             "delta" => {
@@ -128,11 +140,7 @@ async fn register(
             "parquet" => session.register_parquet(quoted(name), location, Default::default()).await?,
             "csv" => session.register_csv(quoted(name), location, Default::default()).await?,
             "ndjson" => session.register_json(quoted(name), location, Default::default()).await?,
-            other => {
-                return Err(Error::user(format!("table {name}: connector '{other}' is not known"))
-                    .hint("Tables are read by 'delta', 'parquet', 'csv' and 'ndjson'.")
-                    .at(table.place.clone()));
-            }
+            _ => return Err(unknown()),
         }
         return Ok(());
     }

@@ -3,6 +3,7 @@
 
 #[cfg(feature = "kafka")]
 mod dev;
+mod help;
 mod live;
 mod output;
 mod progress;
@@ -27,7 +28,7 @@ use crate::sql::{Catalog, Variables, catalog};
 
 /// SQL over Kafka topics and their backups, materialised to Delta and Redis.
 #[derive(Debug, Parser)]
-#[command(name = "millstream", version, about)]
+#[command(name = "millstream", version, about, disable_help_subcommand = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -54,6 +55,11 @@ enum Command {
     Dev(dev::DevArgs),
     /// Runs the pipeline.
     Run(RunArgs),
+    /// Prints help: of a command, "connectors" (what there is), or "connector NAME" (its options).
+    Help {
+        #[arg(value_name = "TOPIC")]
+        topic: Vec<String>,
+    },
     /// Runs a query over sinks, tables and files.
     Query(QueryArgs),
 }
@@ -157,6 +163,7 @@ async fn dispatch(command: Command) -> Result<()> {
         #[cfg(feature = "kafka")]
         Command::Dev(args) => dev::run(args).await,
         Command::Run(args) => run(args).await,
+        Command::Help { topic } => help::run(&topic),
         Command::Query(args) => query(args).await,
     }
 }

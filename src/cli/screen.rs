@@ -47,6 +47,12 @@ fn size() -> (usize, usize) {
     told.filter(|(columns, rows)| *columns > 0 && *rows > 0).unwrap_or(UNTOLD)
 }
 
+/// Width of the terminal that data goes to; [`UNTOLD`] where it goes elsewhere.
+pub fn columns() -> usize {
+    let told = tcgetwinsize(super::output::stdout()).map_or(0, |size| usize::from(size.ws_col));
+    if told > 0 { told } else { UNTOLD.0 }
+}
+
 /// Shows a block from now on, at first an empty one.
 pub fn begin() -> Live {
     HOOK.call_once(|| {

@@ -17,6 +17,7 @@ pub mod kafka;
 pub mod memory;
 #[cfg(feature = "redis")]
 pub mod redis;
+pub mod reference;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -14,6 +14,7 @@ use crate::connectors::delta::DeltaConfig;
 use crate::connectors::kafka::KafkaSinkConfig;
 #[cfg(feature = "redis")]
 use crate::connectors::redis::RedisConfig;
+use crate::connectors::reference::{self, Role};
 use crate::error::{Error, Result};
 use crate::plan::group::contains_group;
 use crate::plan::lower::{Emission, Lowered, Lowering};
@@ -184,6 +185,7 @@ fn add_sink(
     let placed = |error: Error| error.at(sink.place.clone());
     let mut options = sink.options.clone();
     let connector = options.required("connector").map_err(placed)?;
+    options.declare(reference::options(&connector, Role::Sink));
     let shape = Shape::of(lowering, plan, sink)?;
     let emission = emission(sink, &connector, &mut options, &shape)?;
     let relation = source_of(sink, sources);
@@ -355,7 +357,7 @@ fn connector_of(
         }
         "blackhole" => Ok((SinkKind::Blackhole, Vec::new())),
         other => Err(Error::user(format!("sink {}: connector '{other}' is not known", sink.name))
-            .hint("Sinks are written by 'delta', 'redis', 'kafka', 'memory', 'console' and 'blackhole'.")
+            .hint(reference::hint(other, Role::Sink))
             .at(options.place("connector").unwrap_or_else(|| sink.place.clone()))),
     }
 }

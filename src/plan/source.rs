@@ -19,6 +19,7 @@ use crate::connectors::formats::OnError;
 use crate::connectors::generator::GeneratorConfig;
 #[cfg(feature = "kafka")]
 use crate::connectors::kafka::KafkaSourceConfig;
+use crate::connectors::reference::{self, Role};
 use crate::error::{Error, Result};
 use crate::sql::options::Options;
 use crate::sql::{CreateSource, interval};
@@ -73,6 +74,7 @@ impl SourcePlan {
         let computed = computed_columns(session, source, &physical)?;
         let mut options = source.options.clone();
         let connector = options.required("connector").map_err(|error| error.at(source.place.clone()))?;
+        options.declare(reference::options(&connector, Role::Source));
         let max_future = options.duration("max_future")?.unwrap_or(Duration::from_secs(86_400));
         let idle_timeout = options.duration("idle_timeout")?.unwrap_or(Duration::from_secs(60));
         let history = options.string("history")?;
@@ -151,10 +153,11 @@ fn connector_of(
             let config = GeneratorConfig::from_options(options, physical).map_err(placed)?;
             Ok((SourceKind::Generator(config), false))
         }
-        other => Err(placed(
-            Error::user(format!("source {}: connector '{other}' is not known", source.name))
-                .hint("Sources are read by 'kafka' and 'generator'."),
-        )),
+        other => {
+            let error = Error::user(format!("source {}: connector '{other}' is not known", source.name))
+                .hint(reference::hint(other, Role::Source));
+            Err(error.at(options.place("connector").unwrap_or_else(|| source.place.clone())))
+        }
     }
 }
 
