@@ -105,8 +105,8 @@ fn there_must_be_a_producer_to_break_records_of() {
 }
 
 /// What a terminal (one that `script` makes) shows of a shell line.
-fn on_a_terminal(folder: &Path, line: &str) -> Option<String> {
-    let line = format!("stty rows 30 cols 90; {line}; stty -a");
+pub fn on_a_terminal(folder: &Path, size: &str, line: &str) -> Option<String> {
+    let line = format!("stty {size}; {line}; stty -a");
     let mut script = alone("script", folder);
     let out = script.env("TERM", "xterm").args(["-q", "-e", "-c", &line, "/dev/null"]).output().ok()?;
     Some(String::from_utf8_lossy(&out.stdout).into_owned())
@@ -117,7 +117,9 @@ fn on_a_terminal(folder: &Path, line: &str) -> Option<String> {
 fn the_view_gives_the_terminal_back() {
     let folder = folder();
     let dev = format!("{} dev sql/transactions.sql", env!("CARGO_BIN_EXE_millstream"));
-    let Some(stopped) = on_a_terminal(folder.path(), &format!("timeout --foreground -s INT 6 {dev}")) else {
+    let Some(stopped) =
+        on_a_terminal(folder.path(), "rows 30 cols 90", &format!("timeout --foreground -s INT 6 {dev}"))
+    else {
         println!("skipped the_view_gives_the_terminal_back: install util-linux's script");
         return;
     };
@@ -126,8 +128,12 @@ fn the_view_gives_the_terminal_back() {
     fs::write(&sql, text.replacen("history  ", "on_error = 'fail', history  ", 1)).unwrap();
     fs::remove_dir_all(folder.path().join("lake")).unwrap();
     fs::remove_dir_all(folder.path().join(".millstream")).unwrap();
-    let failed =
-        on_a_terminal(folder.path(), &format!("timeout --foreground 60 {dev} --inject-bad 3000")).unwrap();
+    let failed = on_a_terminal(
+        folder.path(),
+        "rows 30 cols 90",
+        &format!("timeout --foreground 60 {dev} --inject-bad 3000"),
+    )
+    .unwrap();
     for (shown, end) in [(&stopped, "Try next:"), (&failed, "error: topic transactions")] {
         for word in ["held back by partition", "newest in user_features_serving", "dead letters", end] {
             assert!(shown.contains(word), "{word} is not in:\n{shown}");
@@ -142,7 +148,7 @@ fn the_view_gives_the_terminal_back() {
 }
 
 /// A line without control sequences.
-fn plain(line: &str) -> String {
+pub fn plain(line: &str) -> String {
     let mut parts = line.split("\x1b[");
     let first = parts.next().unwrap_or_default().to_owned();
     parts.fold(first, |text, part| {

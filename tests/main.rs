@@ -16,6 +16,7 @@ mod layout;
 mod online;
 mod options;
 mod pipeline;
+mod readme;
 mod slt;
 mod statements;
 mod windows;

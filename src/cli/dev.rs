@@ -17,6 +17,8 @@ use crate::plan::{NodeKind, OnlineKind, SinkKind, SinkPlan, SourceKind, StreamPl
 use crate::runtime::{Metrics, RunOptions};
 
 const PARTITIONS: i32 = 4;
+/// How long a fetch waits for records; librdkafka's own is 500.
+const FETCH_WAIT_MS: &str = "10";
 
 #[derive(Debug, Args)]
 pub struct DevArgs {
@@ -112,6 +114,11 @@ async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> 
                 if let SourceKind::Kafka(config) = &mut source.kind {
                     broker.ensure_topic(&config.topic)?;
                     config.offset_base = positions.clone();
+                    // The embedded broker answers an early fetch at its end only, not when records come.
+                    config
+                        .settings
+                        .extra
+                        .insert(0, ("fetch.wait.max.ms".to_owned(), FETCH_WAIT_MS.to_owned()));
                 }
             }
             NodeKind::Sink(sink) => {
