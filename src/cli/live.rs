@@ -24,10 +24,10 @@ use crate::stream::clock::Clock;
 const TICK: Duration = Duration::from_millis(250);
 /// A rate is that of the last so many ticks.
 const RATE_TICKS: usize = 8;
-/// Latencies are those of the last so many seconds; rates are remembered for [`MINUTE`].
+/// Latencies are those of the last so many seconds.
 const LATENCY_SECONDS: usize = 10;
-/// Seconds of rates that are shown.
-const MINUTE: usize = 30;
+/// Rates of so many seconds are shown side by side.
+const SHOWN_SECONDS: usize = 20;
 /// Rows that are kept of a sink, for the highest of terminals.
 const KEPT_ROWS: usize = 64;
 /// Ticks between two looks at the newest rows: slow enough to read.
@@ -182,7 +182,7 @@ impl View {
         }
         for (rates, rate) in self.rates.iter_mut().zip(read) {
             rates.push_back(*rate);
-            if rates.len() > MINUTE {
+            if rates.len() > SHOWN_SECONDS {
                 rates.pop_front();
             }
         }

@@ -154,7 +154,7 @@ fn sources(snapshot: &Snapshot, width: usize) -> Vec<Line> {
     ];
     if width >= WIDE {
         columns.insert(1, Column::new("from", false, 2, cells(&|s| plain(s.origin.clone()))));
-        columns.push(Column::new("last minute", false, 3, cells(&|s| (Style::Good, sparks(&s.rates)))));
+        columns.push(Column::new("last 20 s", false, 3, cells(&|s| (Style::Good, sparks(&s.rates)))));
     }
     let mut lines = Vec::new();
     for (at, line) in table(columns, width).into_iter().enumerate() {
