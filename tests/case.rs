@@ -156,7 +156,13 @@ impl Case {
     }
 
     pub async fn send_raw(&self, payloads: &[Option<&str>]) {
-        send(&self.services.kafka, &self.topic, payloads.iter().map(|payload| (Some("bad"), *payload))).await;
+        let producer: FutureProducer =
+            ClientConfig::new().set("bootstrap.servers", &self.services.kafka).create().unwrap();
+        for payload in payloads {
+            let mut record = FutureRecord::<str, str>::to(&self.topic).key("bad").partition(0);
+            record.payload = *payload;
+            producer.send(record, Duration::from_secs(5)).await.map_err(|(e, _)| e).unwrap();
+        }
     }
 
     pub fn command(&self, arguments: &[&str]) -> Command {

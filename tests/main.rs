@@ -9,12 +9,15 @@
 )]
 
 mod case;
+mod dev;
 mod faults;
 mod fixtures;
 mod groups;
 mod layout;
 mod online;
+mod options;
 mod pipeline;
+mod readme;
 mod shipped;
 mod slt;
 mod statements;

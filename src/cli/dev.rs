@@ -1,22 +1,41 @@
 //! `millstream dev`: everything embedded. An in-process Kafka, the producer pipeline beside the pipeline itself, a
 //! local lake, and a memory store where no Redis answers.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use clap::Args;
 use tokio::sync::watch;
 
-use super::{Files, load_with, pipeline_name, progress};
+use super::{Files, live, load_with, pipeline_name, progress};
 use crate::connectors::kafka::EmbeddedKafka;
+use crate::connectors::kafka::bad::BadRecords;
 use crate::error::{Error, Result};
 use crate::plan::{NodeKind, OnlineKind, SinkKind, SinkPlan, SourceKind, StreamPlan};
 use crate::runtime::{Metrics, RunOptions};
 
 const PARTITIONS: i32 = 4;
+/// How long a fetch waits for records; librdkafka's own is 500.
+const FETCH_WAIT_MS: &str = "10";
+
+#[derive(Debug, Args)]
+pub struct DevArgs {
+    #[command(flatten)]
+    files: Files,
+    /// A line every second instead of the live view, on a terminal too.
+    #[arg(long)]
+    plain: bool,
+    /// Breaks every N-th record of the sample producer, in turn: cut off, a NOT NULL field left out, a text in a field
+    /// of another type, an event time in the year 2099. They become dead letters and the pipeline goes on.
+    #[arg(long, value_name = "N")]
+    inject_bad: Option<NonZeroU64>,
+}
 
 /// Runs until Ctrl-C, then says what to try next.
-pub async fn run(files: Files) -> Result<()> {
+pub async fn run(args: DevArgs) -> Result<()> {
+    let files = args.files;
     let broker = EmbeddedKafka::start(PARTITIONS)?;
     let name = format!("{}-dev", pipeline_name(&files, None, &[])?);
     let state = format!("./.millstream/{name}");
@@ -24,8 +43,14 @@ pub async fn run(files: Files) -> Result<()> {
     let mut plan = crate::plan::sinks::plan(&load_with(&files, &brokers)?, &[]).await?;
     let memory = prepare(&mut plan, &broker, &state).await?;
     let looked_at = sinks(&plan);
-    let producer = producer(&files, &brokers).await?;
-    let metrics = Metrics::shared();
+    let mut producer = producer(&files, &brokers).await?;
+    if let Some(every) = args.inject_bad {
+        match &mut producer {
+            Some((producer, _)) => inject_bad(producer, &plan, every),
+            None => return Err(no_producer(&files)),
+        }
+    }
+    let metrics = Metrics::of(&plan);
     let (stop, stopped) = watch::channel(false);
     let (stop_producer, producer_stopped) = watch::channel(false);
     let signals = progress::on_signal(stop_producer)?;
@@ -34,13 +59,14 @@ pub async fn run(files: Files) -> Result<()> {
         eprintln!("dev: no Redis answers, newest values stay in memory and in the state folder");
     }
     let main = crate::runtime::run(plan, options(&name, &state), Arc::clone(&metrics), stopped);
-    let lines = progress::lines(Arc::clone(&metrics), true);
+    let show = live::Show { plain: args.plain, title: format!("dev {name}"), sample: true };
+    let lines = live::show(Arc::clone(&metrics), show)?;
     // The producer stops first and the pipeline reads on for a moment, as the embedded broker forgets.
     let feed = async {
         let fed = match producer {
             Some((plan, name)) => {
                 let options = options(&name, &format!("./.millstream/{name}"));
-                crate::runtime::run(plan, options, Metrics::shared(), producer_stopped).await.map(|_| ())
+                crate::runtime::run(plan, options, Arc::default(), producer_stopped).await.map(|_| ())
             }
             None => {
                 let mut stopped = producer_stopped;
@@ -88,6 +114,11 @@ async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> 
                 if let SourceKind::Kafka(config) = &mut source.kind {
                     broker.ensure_topic(&config.topic)?;
                     config.offset_base = positions.clone();
+                    // The embedded broker answers an early fetch at its end only, not when records come.
+                    config
+                        .settings
+                        .extra
+                        .insert(0, ("fetch.wait.max.ms".to_owned(), FETCH_WAIT_MS.to_owned()));
                 }
             }
             NodeKind::Sink(sink) => {
@@ -124,6 +155,39 @@ async fn producer(files: &Files, brokers: &[(String, String)]) -> Result<Option<
     let files = Files { files: vec![path], set: files.set.clone() };
     let plan = crate::plan::sinks::plan(&load_with(&files, brokers)?, &[]).await?;
     Ok(Some((plan, format!("{stem}_producer-dev"))))
+}
+
+fn no_producer(files: &Files) -> Error {
+    let first = files.files.first().and_then(|file| file.file_stem());
+    let name = first.map_or("F".into(), |stem| stem.to_string_lossy());
+    Error::user("--inject-bad breaks records of the sample producer, and there is none")
+        .hint(format!("Name the SQL file beside which {name}_producer.sql lies."))
+}
+
+/// Makes the producer's sinks break records that the source of `plan` reads.
+fn inject_bad(producer: &mut StreamPlan, plan: &StreamPlan, every: NonZeroU64) {
+    let Some((_, source)) = plan.source() else { return };
+    let SourceKind::Kafka(read) = &source.kind else { return };
+    let fields = || source.physical.fields().iter();
+    let required = fields().find(|field| !field.is_nullable());
+    let textual = |field: &&arrow::datatypes::FieldRef| {
+        use arrow::datatypes::DataType;
+        matches!(field.data_type(), DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View)
+    };
+    let typed = fields().find(|field| !textual(field));
+    let bad = BadRecords {
+        every,
+        required: required.map(|field| field.name().clone()),
+        typed: typed.map(|field| field.name().clone()),
+        time: source.fields_of_event_time(),
+    };
+    for node in &mut producer.nodes {
+        if let NodeKind::Sink(SinkPlan { kind: SinkKind::Kafka(config), .. }) = &mut node.kind
+            && config.topic == read.topic
+        {
+            config.bad = Some(bad.clone());
+        }
+    }
 }
 
 /// What there is to look at afterwards: every sink whose rows can be queried, and where a table lies.

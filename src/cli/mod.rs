@@ -3,9 +3,14 @@
 
 #[cfg(feature = "kafka")]
 mod dev;
+mod help;
+mod live;
 mod output;
 mod progress;
+mod screen;
+mod table;
 mod test;
+mod view;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -24,7 +29,7 @@ use crate::sql::{Catalog, Variables, catalog};
 
 /// SQL over Kafka topics and their backups, materialised to Delta and Redis.
 #[derive(Debug, Parser)]
-#[command(name = "millstream", version, about)]
+#[command(name = "millstream", version, about, disable_help_subcommand = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -48,9 +53,14 @@ enum Command {
     Explain(Files),
     /// Runs everything embedded: in-process Kafka, the sample producer (F_producer.sql), a local lake.
     #[cfg(feature = "kafka")]
-    Dev(Files),
+    Dev(dev::DevArgs),
     /// Runs the pipeline.
     Run(RunArgs),
+    /// Prints help: of a command, "connectors" (what there is), or "connector NAME" (its options).
+    Help {
+        #[arg(value_name = "TOPIC")]
+        topic: Vec<String>,
+    },
     /// Runs a query over sinks, tables and files.
     Query(QueryArgs),
     /// Runs the cases of fixtures (p.test.yaml beside p.sql), as a stream and as a batch; needs no service.
@@ -83,6 +93,9 @@ struct RunArgs {
     /// Shards of every stage; default: the cores.
     #[arg(long)]
     parallelism: Option<usize>,
+    /// A line every second instead of the live view, on a terminal too.
+    #[arg(long)]
+    plain: bool,
     /// Time between checkpoints.
     #[arg(long, default_value = "10s", value_parser = duration)]
     checkpoint: Duration,
@@ -117,14 +130,13 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
     };
-    #[expect(clippy::disallowed_methods, reason = "cli prints; logs go to stderr")]
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("MILLSTREAM_LOG")
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(cli.command.log_filter())),
         )
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(screen::Log::default)
+        .with_ansi(screen::is_terminal())
         .with_target(false)
         .init();
     let done = tokio::runtime::Builder::new_multi_thread().enable_all().build();
@@ -168,8 +180,9 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
             output::text(&plan.to_string())
         }
         #[cfg(feature = "kafka")]
-        Command::Dev(files) => dev::run(files).await,
+        Command::Dev(args) => dev::run(args).await,
         Command::Run(args) => run(args).await,
+        Command::Help { topic } => help::run(&topic),
         Command::Query(args) => query(args).await,
         Command::Test(args) => return test::run(args).await,
     };
@@ -233,10 +246,11 @@ async fn run(args: RunArgs) -> Result<()> {
         close: args.close,
         console: output::console,
     };
-    let metrics = Metrics::shared();
+    let metrics = Metrics::of(&plan);
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let signals = progress::on_signal(stop)?;
-    let lines = progress::lines(Arc::clone(&metrics), false);
+    let show = live::Show { plain: args.plain, title: format!("run {name}"), sample: false };
+    let lines = live::show(Arc::clone(&metrics), show)?;
     let done = tokio::select! {
         done = crate::runtime::run(plan, options, Arc::clone(&metrics), stopped) => done,
         never = signals => match never {},

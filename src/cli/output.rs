@@ -1,6 +1,6 @@
 //! Rows on stdout.
 
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
@@ -62,16 +62,22 @@ pub fn text(text: &str) -> Result<()> {
     write(text.as_bytes())
 }
 
-/// What `console` sinks write to.
 #[expect(clippy::disallowed_methods, reason = "cli prints")]
+pub fn stdout() -> std::io::Stdout {
+    std::io::stdout()
+}
+
+/// What `console` sinks write to. On a terminal its lines go above the live view.
 pub fn console() -> Box<dyn Write + Send> {
-    Box::new(std::io::stdout())
+    match stdout().is_terminal() {
+        true => Box::new(std::io::LineWriter::new(super::screen::Console)),
+        false => Box::new(stdout()),
+    }
 }
 
 /// A reader that has seen enough is no failure.
-#[expect(clippy::disallowed_methods, reason = "cli prints")]
 fn write(bytes: &[u8]) -> Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(Error::external("stdout cannot be written").because(error))

@@ -11,6 +11,7 @@ use tokio::sync::watch::Sender;
 use crate::error::{Error, Result};
 use crate::runtime::Metrics;
 use crate::runtime::coordinator::shown_watermark;
+use crate::runtime::freshness::quantile;
 
 /// Turns Ctrl-C and SIGTERM into the stop of a run: last checkpoint, then out.
 ///
@@ -25,7 +26,8 @@ pub fn on_signal(stop: Sender<bool>) -> Result<impl Future<Output = Infallible>>
             _ = interrupt.recv() => {}
             _ = terminate.recv() => {}
         }
-        eprintln!("stopping: last checkpoint");
+        super::live::STOPPING.store(true, Ordering::Relaxed);
+        super::screen::note("stopping: last checkpoint");
         stop.send_replace(true);
         // Keeps the sender alive: a closed channel is no stop.
         let never = std::future::pending().await;
@@ -40,24 +42,39 @@ pub async fn lines(metrics: Arc<Metrics>, rows: bool) -> Infallible {
     let mut ages = Vec::new();
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let read = metrics.read.load(Ordering::Relaxed);
+        let read = metrics.read();
         eprintln!("{}", line(&metrics, read - before));
         before = read;
         // Sample rows are made to lie back in time: their age says nothing.
         if let Some(fresh) = freshness(&metrics, &ages).filter(|_| !rows) {
             eprintln!("  {fresh}");
         }
-        ages = metrics.freshness.counts();
-        let sample = metrics.sample.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        if let Some(sample) = sample.filter(|_| rows) {
-            newest(&sample);
+        ages = freshness_counts(&metrics);
+        if rows {
+            metrics
+                .sinks
+                .iter()
+                .filter_map(|(_, sink)| sink.take_sample())
+                .for_each(|sample| newest(&sample));
         }
     }
 }
 
+/// The ages of online rows so far, over all online sinks.
+pub fn freshness_counts(metrics: &Metrics) -> Vec<u64> {
+    let mut sum = Vec::new();
+    for (_, sink) in metrics.sinks.iter().filter(|(_, sink)| sink.online) {
+        let counts = sink.freshness.counts();
+        sum.resize(counts.len(), 0);
+        sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+    }
+    sum
+}
+
 /// How old rows were, by event time, when the online store had them; `None` when none was written since `before`.
 pub fn freshness(metrics: &Metrics, before: &[u64]) -> Option<String> {
-    let quantile = |q| Some(metrics.freshness.quantile(q, before)? as f64 / 1e3);
+    let counts = freshness_counts(metrics);
+    let quantile = |q| Some(quantile(&counts, q, before)? as f64 / 1e3);
     Some(format!(
         "fresh: event to online store p50 {:.1} ms  p99 {:.1} ms  max {:.1} ms",
         quantile(0.5)?,
@@ -70,15 +87,14 @@ fn newest(sample: &arrow::array::RecordBatch) {
     let mut bytes = Vec::new();
     let mut writer = arrow::json::LineDelimitedWriter::new(&mut bytes);
     // What cannot be shown is left out: this is for the eye only.
-    if writer.write(sample).and_then(|()| writer.finish()).is_ok() {
+    if writer.write(&sample.slice(0, sample.num_rows().min(2))).and_then(|()| writer.finish()).is_ok() {
         String::from_utf8_lossy(&bytes).lines().for_each(|line| eprintln!("  newest {line}"));
     }
 }
 
 /// Rate, lag and totals.
 pub fn line(metrics: &Metrics, rate: u64) -> String {
-    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
-    let watermark = shown_watermark(metrics.watermark.load(Ordering::Relaxed));
+    let watermark = shown_watermark(metrics.watermark());
     let watermark = watermark.map_or_else(
         || "-".to_owned(),
         |ms| {
@@ -88,12 +104,12 @@ pub fn line(metrics: &Metrics, rate: u64) -> String {
     );
     format!(
         "{rate} rows/s  read {}  lag {}  stored {}  served {}  late {}  dead letters {}  watermark {watermark}  epoch {}",
-        load(&metrics.read),
-        metrics.lag.load(Ordering::Relaxed),
-        load(&metrics.stored),
-        load(&metrics.served),
-        load(&metrics.late),
-        load(&metrics.dead),
-        load(&metrics.epoch),
+        metrics.read(),
+        metrics.lag(),
+        metrics.stored(),
+        metrics.served(),
+        metrics.late(),
+        metrics.letters().total,
+        metrics.epoch.load(Ordering::Relaxed),
     )
 }

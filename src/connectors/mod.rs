@@ -22,6 +22,7 @@ pub mod partition;
 pub mod records;
 #[cfg(feature = "redis")]
 pub mod redis;
+pub mod reference;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -17,6 +17,7 @@ use crate::connectors::memory::MemoryStore;
 use crate::connectors::ndjson::NdjsonConfig;
 #[cfg(feature = "redis")]
 use crate::connectors::redis::RedisConfig;
+use crate::connectors::reference::{self, Role};
 use crate::error::{Error, Result};
 use crate::plan::group::contains_group;
 use crate::plan::lower::{Emission, Lowered, Lowering};
@@ -43,6 +44,25 @@ pub enum SinkKind {
     Blackhole,
     /// In the place of another connector: `millstream test`.
     Collect(Collector),
+}
+
+impl SinkKind {
+    /// The connector's name in SQL.
+    pub fn connector(&self) -> &'static str {
+        match self {
+            #[cfg(feature = "delta")]
+            Self::Delta(_) => "delta",
+            #[cfg(feature = "kafka")]
+            Self::Kafka(_) => "kafka",
+            #[cfg(feature = "redis")]
+            Self::Online { store: OnlineKind::Redis(_), .. } => "redis",
+            Self::Online { .. } => "memory",
+            Self::Ndjson(_) => "ndjson",
+            Self::Collect(_) => "collect",
+            Self::Console(_) => "console",
+            Self::Blackhole => "blackhole",
+        }
+    }
 }
 
 /// Where the newest rows are written.
@@ -180,6 +200,7 @@ fn add_sink(
     let placed = |error: Error| error.at(sink.place.clone());
     let mut options = sink.options.clone();
     let connector = options.required("connector").map_err(placed)?;
+    options.declare(reference::options(&connector, Role::Sink));
     let shape = Shape::of(lowering, plan, sink)?;
     let emission = emission(sink, &connector, &mut options, &shape)?;
     let relation = source_of(sink, sources);
@@ -364,7 +385,7 @@ fn connector_of(
         }
         "blackhole" => Ok((SinkKind::Blackhole, Vec::new())),
         other => Err(Error::user(format!("sink {}: connector '{other}' is not known", sink.name))
-            .hint("Sinks are written by 'delta', 'redis', 'kafka', 'ndjson', 'memory', 'console' and 'blackhole'.")
+            .hint(reference::hint(other, Role::Sink))
             .at(options.place("connector").unwrap_or_else(|| sink.place.clone()))),
     }
 }

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::common::DFSchema;
+use datafusion::physical_expr::expressions::Column;
+use datafusion::physical_expr::utils::collect_columns;
 use datafusion::physical_plan::PhysicalExpr;
 use datafusion::prelude::SessionContext;
 use sqlparser::ast::ExprWithAlias;
@@ -19,6 +21,7 @@ use crate::connectors::generator::GeneratorConfig;
 #[cfg(feature = "kafka")]
 use crate::connectors::kafka::KafkaSourceConfig;
 use crate::connectors::records::RecordTopic;
+use crate::connectors::reference::{self, Role};
 use crate::error::{Error, Result};
 use crate::sql::options::Options;
 use crate::sql::{CreateSource, interval};
@@ -76,6 +79,7 @@ impl SourcePlan {
         let computed = computed_columns(session, source, &physical)?;
         let mut options = source.options.clone();
         let connector = options.required("connector").map_err(|error| error.at(source.place.clone()))?;
+        options.declare(reference::options(&connector, Role::Source));
         let max_future = options.duration("max_future")?.unwrap_or(Duration::from_secs(86_400));
         let idle_timeout = options.duration("idle_timeout")?.unwrap_or(Duration::from_secs(60));
         let history = options.string("history")?;
@@ -115,6 +119,24 @@ impl SourcePlan {
         self.schema.fields()[self.visible..].iter().map(|field| field.name().clone()).collect()
     }
 
+    /// Fields of a record that make its event time; empty without a WATERMARK.
+    pub fn fields_of_event_time(&self) -> Vec<String> {
+        let mut open: Vec<usize> = self.event_time.into_iter().collect();
+        let mut fields = Vec::new();
+        let physical = self.physical.fields().len();
+        while let Some(column) = open.pop() {
+            match column.checked_sub(physical).and_then(|at| self.computed.get(at)) {
+                // A computed column reads those before it only, so this ends.
+                Some((expr, _)) => open.extend(collect_columns(expr).iter().map(Column::index)),
+                None if column < physical => fields.push(self.physical.field(column).name().clone()),
+                None => {}
+            }
+        }
+        fields.sort();
+        fields.dedup();
+        fields
+    }
+
     pub fn has_metadata(&self) -> bool {
         self.schema.fields().len() > self.visible
     }
@@ -141,10 +163,11 @@ fn connector_of(
             let config = FilesConfig::from_options(options, Arc::clone(physical)).map_err(placed)?;
             Ok((SourceKind::Files(config), true))
         }
-        other => Err(placed(
-            Error::user(format!("source {}: connector '{other}' is not known", source.name))
-                .hint("Sources are read by 'kafka', 'files' and 'generator'."),
-        )),
+        other => {
+            let error = Error::user(format!("source {}: connector '{other}' is not known", source.name))
+                .hint(reference::hint(other, Role::Source));
+            Err(error.at(options.place("connector").unwrap_or_else(|| source.place.clone())))
+        }
     }
 }
 
@@ -209,15 +232,21 @@ fn event_time(source: &CreateSource, fields: &[Field]) -> Result<Option<usize>> 
     Ok(Some(column))
 }
 
+impl fmt::Display for SourceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            #[cfg(feature = "kafka")]
+            Self::Kafka(config) => write!(f, "kafka topic {}", config.topic),
+            Self::Files(config) => write!(f, "files {}", config.path),
+            Self::Generator(_) => f.write_str("generator"),
+            Self::Records(_) => f.write_str("records"),
+        }
+    }
+}
+
 impl fmt::Display for SourcePlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.kind {
-            #[cfg(feature = "kafka")]
-            SourceKind::Kafka(config) => write!(f, "kafka topic {}", config.topic)?,
-            SourceKind::Files(config) => write!(f, "files {}", config.path)?,
-            SourceKind::Generator(_) => f.write_str("generator")?,
-            SourceKind::Records(_) => f.write_str("records")?,
-        }
+        write!(f, "{}", self.kind)?;
         match self.event_time {
             Some(column) => {
                 let late = interval::display_micros(self.lateness);

@@ -15,6 +15,7 @@ use datafusion::prelude::{CsvReadOptions, JsonReadOptions, ParquetReadOptions, S
 use url::Url;
 
 use crate::connectors::files;
+use crate::connectors::reference::{self, Role};
 use crate::error::{Error, Result};
 use crate::plan::session::batch_session;
 use crate::plan::views::quoted;
@@ -98,6 +99,7 @@ impl Settings {
         let placed = |error: Error| error.at(table.place.clone());
         let mut options = table.options.clone();
         let connector = options.required("connector").map_err(placed)?;
+        options.declare(reference::options(&connector, Role::Table));
         let location = options.required("location").map_err(placed)?;
         let refresh = options.duration("refresh").map_err(placed)?;
         let csv = connector == "csv";
@@ -155,7 +157,7 @@ pub async fn register(session: &SessionContext, table: &CreateTable) -> Result<(
         }
         other => {
             return Err(Error::user(format!("table {}: connector '{other}' is not known", table.name))
-                .hint("Tables are read by 'delta', 'parquet', 'csv' and 'ndjson'.")
+                .hint(reference::hint(other, Role::Table))
                 .at(table.options.place("connector").unwrap_or_else(|| table.place.clone())));
         }
     }

@@ -16,7 +16,7 @@ use crate::plan::{NodeId, NodeKind, StreamPlan};
 use crate::runtime::letters;
 use crate::runtime::lookups::Lookups;
 use crate::state::keys::{hash_keys, scatter};
-use crate::stream::{ChangeBatch, DeadLetter, Message, Port, Positions, Stage};
+use crate::stream::{ChangeBatch, DeadLetter, Message, Port, Reached, Stage};
 
 /// Where the rows of a stage leave it.
 #[derive(Debug, Clone)]
@@ -70,7 +70,7 @@ impl Chain {
         from: NodeId,
         port: Port,
         batch: &ChangeBatch,
-        reached: &Arc<Positions>,
+        reached: &Arc<Reached>,
         out: &mut Outgoing,
     ) -> Result<()> {
         if batch.num_rows() == 0 {
@@ -126,7 +126,7 @@ impl Chain {
         &mut self,
         at: usize,
         batch: &ChangeBatch,
-        reached: &Arc<Positions>,
+        reached: &Arc<Reached>,
         out: &mut Outgoing,
     ) -> Result<()> {
         let outlet = &self.outlets[at];

@@ -15,7 +15,8 @@ use crate::error::{Error, Result};
 use crate::plan::{NodeId, StreamPlan};
 use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::letters;
-use crate::runtime::report::{Command, Metrics, Report, SourceEpoch, StatePart};
+use crate::runtime::metrics::Metrics;
+use crate::runtime::report::{Command, Report, SourceEpoch, StatePart};
 use crate::runtime::start::{World, fingerprints, open};
 use crate::runtime::tables::prepared_commits;
 use crate::state::manifest::{Manifest, PreparedFile, Segment, garbage_of};
@@ -152,8 +153,9 @@ impl Coordinator {
         self.world.orphans.clear();
         self.world.store.publish(&next).await?;
         self.metrics.epoch.store(next.epoch, Ordering::Relaxed);
+        self.metrics.checkpoint_ms.store(Clock.unix_millis(), Ordering::Relaxed);
         self.durable.send_replace(next.epoch);
-        self.world.tables.commit(&self.plan, &next).await?;
+        self.world.tables.commit(&self.plan, &next, &self.metrics).await?;
         self.world.store.check_fence(next.epoch).await?;
         self.world.store.delete_files(&next.garbage).await?;
         self.deleted = next.garbage.iter().cloned().collect();
@@ -223,8 +225,10 @@ impl Coordinator {
         next.closed = close;
         next.fingerprints = fingerprints(&self.plan);
         let mut dead = std::mem::take(&mut gathered.dead);
-        gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
         gathered.states.iter_mut().for_each(|(_, part)| dead.append(&mut part.dead));
+        // Sources have counted theirs.
+        self.metrics.bury(&dead);
+        gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
         let (name, late) = self.fill_source(next, &gathered.sources);
         let generation = next.generation;
         if let Some(batch) = letters::ledger(&self.world.source.topics(), &late)? {

@@ -48,21 +48,25 @@ impl Histogram {
         self.0.iter().map(|count| count.load(Ordering::Relaxed)).collect()
     }
 
-    /// The value below which the share `q` of the durations lie that were recorded since `before` (earlier
-    /// [`Histogram::counts`], or empty), in µs; `None` when there were none.
+    /// [`quantile`] of what was recorded since `before`.
     pub fn quantile(&self, q: f64, before: &[u64]) -> Option<u64> {
-        let earlier = before.iter().copied().chain(std::iter::repeat(0));
-        let counts: Vec<u64> =
-            self.counts().into_iter().zip(earlier).map(|(now, before)| now.saturating_sub(before)).collect();
-        let total: u64 = counts.iter().sum();
-        let wanted = (total as f64 * q).ceil() as u64;
-        let mut sum = 0;
-        let at = counts.iter().position(|count| {
-            sum += count;
-            sum >= wanted.max(1)
-        })?;
-        Some(upper(at))
+        quantile(&self.counts(), q, before)
     }
+}
+
+/// The value below which the share `q` of the durations lie that were counted in `now` but not in `before` (earlier
+/// [`Histogram::counts`], or empty), in µs; `None` when there are none.
+pub fn quantile(now: &[u64], q: f64, before: &[u64]) -> Option<u64> {
+    let earlier = before.iter().copied().chain(std::iter::repeat(0));
+    let counts: Vec<u64> = now.iter().zip(earlier).map(|(now, before)| now.saturating_sub(before)).collect();
+    let total: u64 = counts.iter().sum();
+    let wanted = (total as f64 * q).ceil() as u64;
+    let mut sum = 0;
+    let at = counts.iter().position(|count| {
+        sum += count;
+        sum >= wanted.max(1)
+    })?;
+    Some(upper(at))
 }
 
 #[cfg(test)]

@@ -19,8 +19,9 @@ use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::grouped::GroupTask;
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::{KeyedTask, Saver};
+use crate::runtime::metrics::Metrics;
 use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
-use crate::runtime::report::{Command, Metrics, Report};
+use crate::runtime::report::{Command, Report};
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
 use crate::runtime::sinks::{AppendTask, CollectTask};
@@ -215,7 +216,7 @@ impl Graph<'_> {
         }
         for (shard, receivers) in inboxes.into_iter().enumerate() {
             let inbox = Inbox::new(receivers, START_OF_TIME);
-            let (reports, metrics) = (self.reports.clone(), Arc::clone(&self.metrics));
+            let (reports, metrics) = (self.reports.clone(), self.metrics.sink(node));
             match &sink.kind {
                 #[cfg(feature = "delta")]
                 SinkKind::Delta(config) => self.spawn_table(node, shard, sink, config, inbox)?,
@@ -269,7 +270,7 @@ impl Graph<'_> {
         config: &DeltaConfig,
         inbox: Inbox,
     ) -> Result<()> {
-        let (reports, metrics) = (self.reports.clone(), Arc::clone(&self.metrics));
+        let (reports, metrics) = (self.reports.clone(), self.metrics.sink(node));
         let tag = format!("g{:08}-s{shard}", self.world.manifest.generation);
         if let Mode::Upsert { .. } = config.mode {
             let (key, topics) = (sink.key.clone(), self.world.source.topics());
@@ -299,6 +300,8 @@ impl Graph<'_> {
         };
         let places = self.world.positions.iter().map(|(place, _)| (place, known(place)));
         let watermarks = SourceClock::new(plan.lateness, places, stored.and_then(|s| s.watermark));
+        let counted = self.metrics.source(node);
+        counted.watch(watermarks.clone());
         let mut commands = Vec::new();
         for (shard, chain) in chains.into_iter().enumerate() {
             let mine = |(_, (place, _)): &(usize, (Place, i64))| {
@@ -323,6 +326,7 @@ impl Graph<'_> {
                 commands: receiver,
                 reports: self.reports.clone(),
                 metrics: Arc::clone(&self.metrics),
+                counted: Arc::clone(&counted),
                 state: SourceState::default(),
             };
             let reports = self.reports.clone();

@@ -9,7 +9,7 @@ use std::task::Poll;
 use tokio::sync::mpsc::Receiver;
 
 use crate::error::{Error, Result};
-use crate::stream::{Barrier, ChangeBatch, Message, Micros, Positions, START_OF_TIME};
+use crate::stream::{Barrier, ChangeBatch, Message, Micros, Reached, START_OF_TIME};
 
 /// What a task sees of its inputs.
 #[derive(Debug)]
@@ -17,12 +17,12 @@ use crate::stream::{Barrier, ChangeBatch, Message, Micros, Positions, START_OF_T
 pub enum Event {
     Changes {
         batch: ChangeBatch,
-        reached: Arc<Positions>,
+        reached: Arc<Reached>,
     },
     /// The task's watermark rose, or positions did (then `time` is unchanged).
     Watermark {
         time: Micros,
-        reached: Arc<Positions>,
+        reached: Arc<Reached>,
     },
     /// All channels brought this barrier.
     Barrier(Barrier),

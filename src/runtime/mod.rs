@@ -12,6 +12,7 @@ pub mod inbox;
 mod keyed;
 mod letters;
 mod lookups;
+pub mod metrics;
 mod online;
 pub mod report;
 mod sinks;
@@ -27,5 +28,5 @@ mod upsert;
 pub mod watermark;
 
 pub use coordinator::{Outcome, RunOptions, run};
-pub use report::Metrics;
+pub use metrics::Metrics;
 pub use start::stored_positions;

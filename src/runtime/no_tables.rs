@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::plan::{NodeId, StreamPlan};
+use crate::runtime::metrics::Metrics;
 use crate::state::manifest::{Manifest, PreparedCommit, PreparedFile};
 use crate::stream::Micros;
 
@@ -19,7 +20,7 @@ impl Tables {
         Ok(())
     }
 
-    pub async fn commit(&mut self, _: &StreamPlan, _: &Manifest) -> Result<()> {
+    pub async fn commit(&mut self, _: &StreamPlan, _: &Manifest, _: &Metrics) -> Result<()> {
         Ok(())
     }
 }

@@ -8,6 +8,7 @@
 //! written; rows wait in the state and nothing else waits for them.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -21,7 +22,8 @@ use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::keyed::{FULL_EVERY, Piece, Saver};
 use crate::runtime::letters;
-use crate::runtime::report::{Metrics, Report, StatePart};
+use crate::runtime::metrics::{Metrics, SinkMetrics};
+use crate::runtime::report::{Report, StatePart};
 use crate::stream::clock::Clock;
 use crate::stream::{ChangeBatch, DeadLetter, END_OF_TIME, Micros, Positions, START_OF_TIME, Stage};
 
@@ -29,6 +31,8 @@ use crate::stream::{ChangeBatch, DeadLetter, END_OF_TIME, Micros, Positions, STA
 const FLUSH_KEYS: usize = 4_000;
 /// Events that a flush waits for at most while more keep arriving: a few hot keys must not wait for ever.
 const GATHER: usize = 32;
+/// Entries of [`Unwritten`].
+const MAX_UNWRITTEN: usize = 1_024;
 /// How often a task that may not write looks whether it may again.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Failed writes in a row after which a stop no longer waits for the store.
@@ -62,7 +66,7 @@ pub struct OnlineTask {
     pub inbox: Inbox,
     pub reports: Sender<Report>,
     pub saver: Saver,
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<SinkMetrics>,
     pub clock: Clock,
     pub flushes: FlushState,
     pub fence: Fence,
@@ -80,6 +84,9 @@ pub struct Settling {
     /// The epoch whose rows were taken over last: once its manifest is published they may be written.
     epoch: u64,
 }
+/// Rows that wait for the store: (when they were read, how many). While the store is down those of the
+/// last entry grow.
+type Unwritten = Vec<(std::time::Instant, u64)>;
 
 /// Progress of a shard's flushes, and what could not be flushed.
 #[derive(Default)]
@@ -92,6 +99,8 @@ pub struct FlushState {
     /// Events taken since the last flush although it was due.
     gathered: usize,
     dead: Vec<DeadLetter>,
+    /// When the records behind rows that are not written yet were read, and how many rows.
+    unwritten: Unwritten,
     /// An epoch has ended: even without rows, see that the store still has our fence.
     probe: bool,
 }
@@ -100,6 +109,16 @@ impl FlushState {
     /// `consumed`: positions that the restored state already includes.
     pub fn at(consumed: Positions) -> Self {
         Self { consumed, watermark: START_OF_TIME, ..Self::default() }
+    }
+
+    /// Notes rows that are to be written, for measuring how long they take.
+    fn expect(&mut self, read_at: Option<std::time::Instant>, rows: u64) {
+        let Some(read_at) = read_at else { return };
+        let full = self.unwritten.len() >= MAX_UNWRITTEN;
+        match self.unwritten.last_mut().filter(|_| full) {
+            Some((_, waiting)) => *waiting += rows,
+            None => self.unwritten.push((read_at, rows)),
+        }
     }
 }
 
@@ -145,6 +164,7 @@ impl OnlineTask {
                     }
                     None => {
                         self.flushes.consumed.raise_all(&reached);
+                        self.flushes.expect(reached.read_at, batch.num_rows() as u64);
                         self.push(&batch)?;
                     }
                 },
@@ -241,11 +261,7 @@ impl OnlineTask {
             Ok(Flushed::Done) => {
                 self.newest.acknowledge(&dirty);
                 (self.flushes.failures, self.flushes.retry_at) = (0, None);
-                Metrics::add(&self.metrics.served, dirty.slots.len() as u64);
-                self.metrics.freshness.record_all(self.clock.unix_micros(), &dirty.times);
-                if dirty.rows.num_rows() > 0 {
-                    self.metrics.show(&dirty.rows);
-                }
+                self.count(&dirty);
                 Ok(())
             }
             Ok(Flushed::Stale) => {
@@ -259,6 +275,29 @@ impl OnlineTask {
                 self.back_off(&error);
                 Ok(())
             }
+        }
+    }
+
+    /// The store acknowledged a flush.
+    fn count(&mut self, dirty: &DirtyBatch) {
+        let now = self.clock.unix_micros();
+        self.metrics.down.store(false, Ordering::Relaxed);
+        self.metrics.waiting.store(self.newest.dirty_len() as u64, Ordering::Relaxed);
+        if dirty.slots.is_empty() {
+            return;
+        }
+        Metrics::add(&self.metrics.rows, dirty.slots.len() as u64);
+        self.metrics.committed(now / 1_000);
+        self.metrics.freshness.record_all(now, &dirty.times);
+        if self.newest.dirty_len() == 0 {
+            let now = self.clock.instant();
+            for (read_at, rows) in self.flushes.unwritten.drain(..) {
+                let micros = u64::try_from(now.duration_since(read_at).as_micros()).unwrap_or(u64::MAX);
+                self.metrics.latency.record(micros, rows);
+            }
+        }
+        if dirty.rows.num_rows() > 0 {
+            self.metrics.show(&dirty.rows);
         }
     }
 
@@ -310,6 +349,8 @@ impl OnlineTask {
             tracing::warn!(%error, "the online store failed; newest values wait until it is back");
         }
         self.flushes.failures += 1;
+        self.metrics.down.store(true, Ordering::Relaxed);
+        self.metrics.waiting.store(self.newest.dirty_len() as u64, Ordering::Relaxed);
         let wait = Duration::from_millis(100 << self.flushes.failures.min(6));
         self.flushes.retry_at = Some(self.clock.instant() + wait);
     }
@@ -379,7 +420,6 @@ impl OnlineTask {
             self.fence = Fence::Marked { epoch };
         }
         let dead = std::mem::take(&mut self.flushes.dead);
-        Metrics::add(&self.metrics.dead, dead.len() as u64);
         let part = StatePart { watermark: self.flushes.watermark, full, dead, ..StatePart::default() };
         self.saver.save_behind(self.node, epoch, piece.into_iter().collect(), part, &self.reports);
         Ok(())

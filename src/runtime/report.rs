@@ -1,8 +1,5 @@
 //! What tasks tell the coordinator, and what it tells the source.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-
 use tokio::sync::mpsc::Sender;
 
 use crate::error::{Error, Result};
@@ -82,37 +79,4 @@ pub enum Command {
     Cut { barrier: Barrier, close: bool },
     /// The manifest of this epoch is published and its commits are made.
     Durable { epoch: u64 },
-}
-
-/// Counters that tasks raise and the command line reads.
-#[derive(Debug, Default)]
-pub struct Metrics {
-    pub read: AtomicU64,
-    pub late: AtomicU64,
-    pub dead: AtomicU64,
-    pub stored: AtomicU64,
-    pub served: AtomicU64,
-    pub lag: AtomicI64,
-    pub watermark: AtomicI64,
-    pub epoch: AtomicU64,
-    /// A few of the newest rows of an online sink, for the eye.
-    pub sample: std::sync::Mutex<Option<arrow::array::RecordBatch>>,
-    /// Age of online rows, by their event time, when the store acknowledged them.
-    pub freshness: crate::runtime::freshness::Histogram,
-}
-
-impl Metrics {
-    pub fn shared() -> Arc<Self> {
-        Arc::default()
-    }
-
-    /// Keeps a few rows to show.
-    pub fn show(&self, rows: &arrow::array::RecordBatch) {
-        let mut sample = self.sample.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        *sample = Some(rows.slice(0, rows.num_rows().min(2)));
-    }
-
-    pub fn add(counter: &AtomicU64, value: u64) {
-        counter.fetch_add(value, Ordering::Relaxed);
-    }
 }

@@ -11,11 +11,13 @@ use crate::connectors::delta::{DeltaConfig, DeltaWriter};
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
+use crate::runtime::metrics::{Metrics, SinkMetrics};
 #[cfg(feature = "delta")]
 use crate::runtime::report::behind;
-use crate::runtime::report::{Metrics, Report, StatePart};
+use crate::runtime::report::{Report, StatePart};
 #[cfg(feature = "delta")]
 use crate::state::manifest::PreparedFile;
+use crate::stream::clock::Clock;
 
 pub(super) fn coordinator_gone<E>(_: E) -> Error {
     Error::internal("the coordinator is gone")
@@ -31,7 +33,7 @@ pub struct DeltaTask {
     pub epoch: u64,
     pub inbox: Inbox,
     pub reports: Sender<Report>,
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<SinkMetrics>,
 }
 
 #[cfg(feature = "delta")]
@@ -51,7 +53,7 @@ impl DeltaTask {
                     if self.writer.wants_upload() {
                         self.writer.upload(epoch).await?;
                     }
-                    Metrics::add(&self.metrics.stored, batch.num_rows() as u64);
+                    Metrics::add(&self.metrics.rows, batch.num_rows() as u64);
                 }
                 Event::Watermark { time, .. } => watermark = time,
                 Event::Barrier(barrier) => {
@@ -86,7 +88,7 @@ pub struct AppendTask {
     pub sink: Box<dyn AppendSink>,
     pub inbox: Inbox,
     pub reports: Sender<Report>,
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<SinkMetrics>,
 }
 
 impl AppendTask {
@@ -95,15 +97,20 @@ impl AppendTask {
     /// # Errors
     /// External: the sink failed.
     pub async fn run(mut self) -> Result<()> {
+        let mut written = false;
         loop {
             match self.inbox.next().await? {
                 Event::Changes { batch, .. } => {
                     self.sink.write(&batch).await?;
-                    Metrics::add(&self.metrics.stored, batch.num_rows() as u64);
+                    written = true;
+                    Metrics::add(&self.metrics.rows, batch.num_rows() as u64);
                 }
                 Event::Watermark { .. } => {}
                 Event::Barrier(barrier) => {
                     self.sink.flush(barrier.epoch).await?;
+                    if std::mem::take(&mut written) {
+                        self.metrics.committed(Clock.unix_millis());
+                    }
                     let part = StatePart::default();
                     let report = Report::State { node: self.node, epoch: barrier.epoch, part };
                     self.reports.send(report).await.map_err(coordinator_gone)?;

@@ -19,12 +19,13 @@ use crate::connectors::{SourceBatch, SourceReader};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, SourcePlan};
 use crate::runtime::chain::{Chain, Outgoing};
-use crate::runtime::report::{Command, Metrics, Report, SourceEpoch};
+use crate::runtime::metrics::{Metrics, SourceMetrics};
+use crate::runtime::report::{Command, Report, SourceEpoch};
 use crate::runtime::watermark::SourceClock;
 use crate::state::manifest::PartitionProgress;
 use crate::stream::clock::Clock;
 use crate::stream::{
-    ChangeBatch, DeadLetter, Message, Micros, Origin, Place, Port, Positions, START_OF_TIME, Stage,
+    ChangeBatch, DeadLetter, Message, Micros, Origin, Place, Port, Positions, Reached, START_OF_TIME, Stage,
 };
 
 /// Rows of one poll at most: large enough to amortise, small enough for a few milliseconds of latency.
@@ -47,6 +48,7 @@ pub struct SourceTask {
     pub commands: Receiver<Command>,
     pub reports: Sender<Report>,
     pub metrics: Arc<Metrics>,
+    pub counted: Arc<SourceMetrics>,
     pub state: SourceState,
 }
 
@@ -62,6 +64,10 @@ pub struct SourceState {
     /// Instant of the last row per place, once its end was seen.
     silent: Vec<(Place, std::time::Instant)>,
     logged: Vec<&'static str>,
+    /// What this shard added to the source's lag.
+    lag: i64,
+    /// When the last poll returned.
+    read_at: Option<std::time::Instant>,
 }
 
 impl SourceTask {
@@ -90,7 +96,8 @@ impl SourceTask {
                 Some(batch) => self.take(batch, &mut out)?,
                 None => self.idle(&mut out)?,
             }
-            self.metrics.lag.store(self.reader.lag(), Ordering::Relaxed);
+            let lag = self.reader.lag();
+            self.counted.lag.fetch_add(lag - std::mem::replace(&mut self.state.lag, lag), Ordering::Relaxed);
             self.tell_end()?;
         }
     }
@@ -112,6 +119,7 @@ impl SourceTask {
         epoch.partitions = self.positions.iter().map(progress).collect();
         let published = self.watermarks.published();
         epoch.watermark = (published != START_OF_TIME).then_some(published);
+        self.metrics.bury(&self.chain.dead);
         epoch.dead.append(&mut self.chain.dead);
         self.state.cut = Some((barrier.epoch, self.positions.clone()));
         self.chain.broadcast(&Message::Barrier(barrier), out);
@@ -173,10 +181,13 @@ impl SourceTask {
         let time = self.watermarks.published();
         if time != START_OF_TIME && self.state.sent != Some(time) {
             self.state.sent = Some(time);
-            self.metrics.watermark.store(time, Ordering::Relaxed);
-            let reached = Arc::new(self.positions.clone());
+            let reached = self.reached();
             self.chain.broadcast(&Message::Watermark { time, reached }, out);
         }
+    }
+
+    fn reached(&self) -> Arc<Reached> {
+        Arc::new(Reached { positions: self.positions.clone(), read_at: self.state.read_at })
     }
 
     fn take(&mut self, batch: SourceBatch, out: &mut Outgoing) -> Result<()> {
@@ -187,7 +198,8 @@ impl SourceTask {
         accounts.missing_offsets += batch.missing_offsets;
         let decoded = batch.rows.num_rows() as u64;
         accounts.read += decoded + batch.tombstones + batch.skipped + batch.dead.len() as u64;
-        Metrics::add(&self.metrics.read, decoded);
+        self.state.read_at = Some(now);
+        Metrics::add(&self.counted.read, decoded);
         self.positions.raise_all(&batch.reached);
         let (reached, at_end) = (batch.reached.clone(), batch.at_end.clone());
         self.state.silent.retain(|(place, _)| reached.get(*place).is_none() || at_end.contains(place));
@@ -218,7 +230,7 @@ impl SourceTask {
             let places: Vec<Place> = batch.origin.place.values().iter().map(|place| Place(*place)).collect();
             self.watermarks.observe(&places, batch.origin.time.values(), &mut late);
         }
-        let reached = Arc::new(self.positions.clone());
+        let reached = self.reached();
         let count = late.iter().filter(|late| **late).count();
         if self.chain.reads(self.node, Port::Accepted) {
             self.chain.run(self.node, Port::Accepted, &batch, &reached, out)?;
@@ -236,7 +248,7 @@ impl SourceTask {
             self.state.epoch.late.push((place.topic(), place.partition(), offset));
         }
         self.state.epoch.accounts.late += count as u64;
-        Metrics::add(&self.metrics.late, count as u64);
+        Metrics::add(&self.counted.late, count as u64);
         self.state.late = late;
         Ok(())
     }
@@ -377,13 +389,13 @@ impl SourceTask {
 
     /// Counts dead letters, keeps or drops them by `on_error`, and logs the first of each kind.
     fn bury(&mut self, dead: Vec<DeadLetter>) -> Result<()> {
+        self.metrics.bury(&dead);
         for letter in dead {
             let place = format!("{}[{}]@{}", letter.topic, letter.partition, letter.offset);
             if !self.state.logged.contains(&letter.kind) {
                 self.state.logged.push(letter.kind);
                 tracing::warn!(kind = letter.kind, at = %place, error = %letter.error, "bad record, kept as dead letter");
             }
-            Metrics::add(&self.metrics.dead, 1);
             match self.plan.on_error {
                 OnError::DeadLetter => {
                     self.state.epoch.accounts.dead_letters += 1;

@@ -1,6 +1,7 @@
 //! The Delta sinks of a pipeline: opened at start, taken over by a claim, committed once per epoch.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 
 use tokio::task::JoinHandle;
 
@@ -8,7 +9,9 @@ use crate::connectors::delta::table::checkpoint;
 use crate::connectors::delta::{CommitProgress, Committed, DeltaCommitter, PreparedFile as DeltaFile};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, SinkKind, StreamPlan};
+use crate::runtime::metrics::Metrics;
 use crate::state::manifest::{self, Manifest, PreparedCommit, PreparedFile};
+use crate::stream::clock::Clock;
 use crate::stream::{Micros, START_OF_TIME};
 
 /// Versions between checkpoints of a table's log, which readers need to open it fast. Delta's own default is 10; a
@@ -78,14 +81,18 @@ impl Tables {
     ///
     /// # Errors
     /// External: a store failed, or another state has taken a table over.
-    pub async fn commit(&mut self, plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
+    pub async fn commit(&mut self, plan: &StreamPlan, manifest: &Manifest, metrics: &Metrics) -> Result<()> {
         for commit in &manifest.commits {
             let Some(committer) = self.committer(plan, commit) else { continue };
             let progress = progress_of(commit, manifest.generation);
             let done = committer.commit(commit.epoch, &files_of(commit), &progress).await?;
-            if let Committed::Version(version) = done
-                && version.is_multiple_of(CHECKPOINT_EVERY)
-            {
+            let Committed::Version(version) = done else { continue };
+            if let Some((node, _)) = plan.sinks().find(|(_, sink)| sink.name == commit.sink) {
+                let counted = metrics.sink(node);
+                counted.version.store(version, Ordering::Relaxed);
+                counted.committed(Clock.unix_millis());
+            }
+            if version.is_multiple_of(CHECKPOINT_EVERY) {
                 self.begin_checkpoint(commit.location.clone());
             }
         }

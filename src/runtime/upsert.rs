@@ -10,7 +10,8 @@ use crate::operators::newest::Newest;
 use crate::plan::NodeId;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::letters;
-use crate::runtime::report::{Metrics, Report};
+use crate::runtime::metrics::{Metrics, SinkMetrics};
+use crate::runtime::report::Report;
 use crate::runtime::sinks::coordinator_gone;
 use crate::state::manifest::PreparedFile;
 use crate::stream::{START_OF_TIME, Stage};
@@ -26,7 +27,7 @@ pub struct UpsertTask {
     pub stager: Stager,
     pub inbox: Inbox,
     pub reports: Sender<Report>,
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<SinkMetrics>,
 }
 
 impl UpsertTask {
@@ -55,12 +56,11 @@ impl UpsertTask {
                             ));
                         }
                     }
-                    Metrics::add(&self.metrics.stored, batch.num_rows() as u64);
+                    Metrics::add(&self.metrics.rows, batch.num_rows() as u64);
                 }
                 Event::Watermark { time, .. } => watermark = time,
                 Event::Barrier(barrier) => {
                     let files = self.stage(barrier.epoch).await?;
-                    Metrics::add(&self.metrics.dead, dead.len() as u64);
                     let dead = std::mem::take(&mut dead);
                     let report =
                         Report::Prepared { node: self.node, epoch: barrier.epoch, files, watermark, dead };

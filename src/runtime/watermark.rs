@@ -96,12 +96,36 @@ impl SourceClock {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).published
     }
 
+    /// Which partition holds the others back, for the eye.
+    pub fn holding(&self) -> Holding {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let watermark = |p: &Partition| p.max_time.map(|max| max.saturating_sub(self.lateness));
+        let active = inner.partitions.iter().filter(|(_, p)| !p.idle);
+        Holding {
+            slowest: active.map(|(place, p)| (*place, watermark(p))).min_by_key(|(_, watermark)| *watermark),
+            furthest: inner.partitions.values().filter_map(watermark).max(),
+            partitions: inner.partitions.len(),
+            idle: inner.partitions.values().filter(|p| p.idle).count(),
+        }
+    }
+
     /// The watermark of each partition, for the manifest.
     pub fn partitions(&self) -> BTreeMap<Place, Option<Micros>> {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let watermark = |p: &Partition| p.max_time.map(|max| max.saturating_sub(self.lateness));
         inner.partitions.iter().map(|(place, p)| (*place, watermark(p))).collect()
     }
+}
+
+/// What the watermark of a source waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holding {
+    /// The partition with the least watermark of those that are not idle, and that watermark (`None`: no row yet).
+    pub slowest: Option<(Place, Option<Micros>)>,
+    /// The greatest watermark of a partition.
+    pub furthest: Option<Micros>,
+    pub partitions: usize,
+    pub idle: usize,
 }
 
 impl Inner {
@@ -177,6 +201,20 @@ mod tests {
         assert_eq!(observe(&clock, &[(1, 99), (1, 100)]), (vec![true, false], 100));
         clock.mark_idle(place(0));
         assert_eq!(clock.mark_idle(place(1)), 100);
+    }
+
+    #[test]
+    fn the_slowest_partition_that_is_not_idle_holds_back() {
+        let clock = SourceClock::new(10, [(place(0), None), (place(1), None), (place(2), None)], None);
+        observe(&clock, &[(0, 100), (2, 70)]);
+        let holding = clock.holding();
+        assert_eq!(holding.slowest, Some((place(1), None)));
+        assert_eq!((holding.furthest, holding.partitions, holding.idle), (Some(90), 3, 0));
+        clock.mark_idle(place(1));
+        assert_eq!(clock.holding().slowest, Some((place(2), Some(60))));
+        clock.mark_idle(place(0));
+        clock.mark_idle(place(2));
+        assert_eq!((clock.holding().slowest, clock.holding().idle), (None, 3));
     }
 
     #[test]

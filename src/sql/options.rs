@@ -86,6 +86,19 @@ fn alias(key: &str) -> Option<String> {
     known.or_else(|| lower.strip_prefix("properties.").map(|rest| format!("kafka.{rest}")))
 }
 
+/// What an option is, for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OptionDoc {
+    /// `kafka.*` stands for every option that begins with `kafka.`.
+    pub name: &'static str,
+    pub takes: &'static str,
+    /// What holds without it, or `required`.
+    pub default: &'static str,
+    /// A value, without quotes.
+    pub example: &'static str,
+    pub meaning: &'static str,
+}
+
 /// The options of one statement.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
@@ -94,8 +107,10 @@ pub struct Options {
     left: BTreeMap<String, OptionValue>,
     /// Where each option stands, also after it was taken.
     places: BTreeMap<String, Place>,
-    /// Every key that was asked for, for "did you mean".
+    /// Every key that was asked for, for "did you mean" where nothing is declared.
     known: Vec<String>,
+    /// Every option that there is.
+    declared: Vec<&'static OptionDoc>,
 }
 
 impl Options {
@@ -103,7 +118,7 @@ impl Options {
         let left: BTreeMap<String, OptionValue> = entries.into_iter().collect();
         let places =
             left.iter().filter_map(|(key, option)| Some((key.clone(), option.place.clone()?))).collect();
-        Self { owner: owner.into(), left, places, known: Vec::new() }
+        Self { owner: owner.into(), left, places, known: Vec::new(), declared: Vec::new() }
     }
 
     /// For tests and for options that do not come from SQL.
@@ -123,8 +138,24 @@ impl Options {
         &self.owner
     }
 
+    /// Says which options there are; from now on only these can be asked for.
+    pub fn declare(&mut self, options: Vec<&'static OptionDoc>) {
+        self.declared = options;
+    }
+
+    /// A key is asked for.
+    fn note(&mut self, key: String) -> Result<()> {
+        if !self.declared.is_empty() && !self.declared.iter().any(|option| option.name == key) {
+            return Err(Error::internal(format!("{}: the option {key} is not declared", self.owner)));
+        }
+        if !self.known.contains(&key) {
+            self.known.push(key);
+        }
+        Ok(())
+    }
+
     fn take(&mut self, key: &str) -> Result<Option<OptionValue>> {
-        self.known.push(key.to_owned());
+        self.note(key.to_owned())?;
         match self.left.remove(key) {
             Some(option) if option.secret => {
                 let error = Error::user(format!("{}: {key} cannot be a secret", self.owner));
@@ -166,7 +197,7 @@ impl Options {
     /// # Errors
     /// The resolver's, at the option's place.
     pub fn secret(&mut self, key: &str, resolve: &dyn Fn(&str) -> Result<String>) -> Result<Option<Secret>> {
-        self.known.push(key.to_owned());
+        self.note(key.to_owned())?;
         self.left.remove(key).map(|option| reveal(&option, resolve)).transpose()
     }
 
@@ -243,20 +274,27 @@ impl Options {
     pub fn finish(self) -> Result<()> {
         let Some((key, option)) = self.left.iter().next() else { return Ok(()) };
         let error = Error::user(format!("{} has no option {key}", self.owner));
+        let names: Vec<String> = match self.declared.is_empty() {
+            true => self.known.clone(),
+            false => self.declared.iter().map(|option| option.name.to_owned()).collect(),
+        };
         let takes = |name: &str| {
             let covers =
                 |known: &String| known.strip_suffix('*').is_some_and(|prefix| name.starts_with(prefix));
-            self.known.iter().any(|known| known == name || covers(known))
+            names.iter().any(|known| known == name || covers(known))
         };
         let error = if option.secret && takes(key) {
             Error::user(format!("{}: {key} cannot be a secret", self.owner))
                 .hint("Write its value in single quotes.")
+        } else if let Some(declared) = self.declared.iter().find(|option| option.name == key) {
+            Error::user(format!("{}: the option {key} has no meaning here", self.owner))
+                .hint(declared.meaning)
         } else if let Some(ours) = alias(key).filter(|ours| takes(ours)) {
             error.hint(format!("Here it is called {ours}."))
-        } else if let Some(near) = nearest(key, &self.known) {
+        } else if let Some(near) = nearest(key, &names) {
             error.hint(format!("Did you mean {near}?"))
         } else {
-            error.hint(format!("Its options are {}.", self.known.join(", ")))
+            error.hint(format!("Its options are {}.", names.join(", ")))
         };
         Err(placed(error, option.place.as_ref()))
     }

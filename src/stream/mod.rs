@@ -7,7 +7,9 @@
 pub mod clock;
 
 use std::fmt;
+use std::ops::Deref;
 use std::sync::Arc;
+use std::time::Instant;
 
 use arrow::array::{Array, BooleanArray, Int64Array, RecordBatch, UInt32Array};
 use arrow::compute::{concat_batches, filter, filter_record_batch, take, take_record_batch};
@@ -219,6 +221,22 @@ impl FromIterator<(Place, i64)> for Positions {
     }
 }
 
+/// How far a source was read when a message left it. Reads as its positions.
+#[derive(Debug, Clone, Default)]
+pub struct Reached {
+    pub positions: Positions,
+    /// When the records behind the rows were read: for measuring only, no answer depends on it.
+    pub read_at: Option<Instant>,
+}
+
+impl Deref for Reached {
+    type Target = Positions;
+
+    fn deref(&self) -> &Positions {
+        &self.positions
+    }
+}
+
 /// What ends an epoch. No data crosses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Barrier {
@@ -237,13 +255,13 @@ pub enum Message {
     /// Rows, and the positions that are reached once they are applied: all rows below those offsets have been sent.
     Changes {
         batch: ChangeBatch,
-        reached: Arc<Positions>,
+        reached: Arc<Reached>,
     },
     /// No row with event time < `time` follows on the on-time port. Also carries positions, so that a receiver
     /// which gets no rows of a partition still learns how far it was read.
     Watermark {
         time: Micros,
-        reached: Arc<Positions>,
+        reached: Arc<Reached>,
     },
     Barrier(Barrier),
 }

@@ -302,7 +302,8 @@ async fn run(
 ) -> Result<()> {
     let (_stop, stopped) = watch::channel(false);
     let options = options(folder, parallelism, checkpoint, close);
-    let running = crate::runtime::run(plan, options, Metrics::shared(), stopped);
+    let metrics = Metrics::of(&plan);
+    let running = crate::runtime::run(plan, options, metrics, stopped);
     let done = tokio::time::timeout(PATIENCE, running).await;
     done.map_err(|_| Error::internal(format!("the stream did not end within {} s", PATIENCE.as_secs())))??;
     Ok(())
@@ -314,6 +315,7 @@ async fn killed(plan: StreamPlan, topic: &RecordTopic, folder: &Path, shape: &Sh
     let options =
         RunOptions { until_end: false, ..options(folder, shape.parallelism[0], shape.checkpoint, false) };
     let wanted: usize = topic.ends.iter().sum();
+    let metrics = Metrics::of(&plan);
     let reached = async {
         while topic.delivered.load(Ordering::Relaxed) < wanted as u64 {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -321,7 +323,7 @@ async fn killed(plan: StreamPlan, topic: &RecordTopic, folder: &Path, shape: &Sh
         tokio::time::sleep(shape.checkpoint).await;
     };
     tokio::select! {
-        done = crate::runtime::run(plan, options, Metrics::shared(), stopped) => done.map(|_| ()),
+        done = crate::runtime::run(plan, options, metrics, stopped) => done.map(|_| ()),
         reached = tokio::time::timeout(PATIENCE, reached) => {
             reached.map_err(|_| Error::internal("the stream stands still"))
         }

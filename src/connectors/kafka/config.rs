@@ -6,6 +6,7 @@ use std::time::Duration;
 use arrow::datatypes::{Schema, SchemaRef};
 use rdkafka::config::ClientConfig;
 
+use super::bad::BadRecords;
 use super::{base_config, created};
 use crate::connectors::formats::{OnError, timestamp_micros};
 use crate::error::{Error, Result};
@@ -239,6 +240,8 @@ pub struct KafkaSinkConfig {
     pub key: Vec<String>,
     /// `None`: a missing topic is an error.
     pub create: Option<TopicCreation>,
+    /// `dev --inject-bad`: records that are broken on purpose.
+    pub bad: Option<BadRecords>,
 }
 
 impl KafkaSinkConfig {
@@ -266,7 +269,7 @@ impl KafkaSinkConfig {
             replication: replication.map_or(-1, |n| i32::from(n.get())),
             extra: options.with_prefix("topic."),
         };
-        Ok(Self { settings, topic, key, create: create.then_some(creation) })
+        Ok(Self { settings, topic, key, create: create.then_some(creation), bad: None })
     }
 
     /// Positions of the key columns.

@@ -11,6 +11,7 @@
 //!
 //! The only unsafe code is in `batch`: librdkafka's batch poll, which the Rust wrapper does not have.
 
+pub mod bad;
 mod batch;
 mod config;
 pub mod embedded;

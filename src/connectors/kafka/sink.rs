@@ -24,6 +24,7 @@ use rdkafka::message::DeliveryResult;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer, ProducerContext};
 use rdkafka::types::RDKafkaErrorCode;
 
+use super::bad::Breaker;
 use super::config::{KafkaSinkConfig, TopicCreation};
 use super::{Context, REACH_TIMEOUT, base_config, blocking, created, topic_partitions};
 use crate::connectors::AppendSink;
@@ -40,6 +41,7 @@ pub struct KafkaSink {
     producer: BaseProducer<Deliveries>,
     encoder: JsonEncoder,
     key: String,
+    breaker: Option<Breaker>,
 }
 
 /// Remembers the first record that could not be delivered.
@@ -83,7 +85,8 @@ impl KafkaSink {
         let context = Deliveries { context: Context::new(&config.settings), failed: Mutex::new(None) };
         let producer: BaseProducer<Deliveries> =
             created(&config.settings, config.client().create_with_context(context))?;
-        let sink = Self { config, producer, encoder: JsonEncoder::default(), key: String::new() };
+        let breaker = config.bad.clone().map(Breaker::new);
+        let sink = Self { config, producer, encoder: JsonEncoder::default(), key: String::new(), breaker };
         if blocking(|| sink.partitions())?.is_none() {
             match &sink.config.create {
                 Some(creation) => sink.create_topic(creation).await?,
@@ -161,7 +164,7 @@ fn check(config: &KafkaSinkConfig, producer: &BaseProducer<Deliveries>) -> Resul
 impl AppendSink for KafkaSink {
     async fn write(&mut self, batch: &ChangeBatch) -> Result<()> {
         let columns = self.config.key_columns(&batch.rows.schema())?;
-        let Self { config, producer, encoder, key } = self;
+        let Self { config, producer, encoder, key, breaker } = self;
         let rows = encoder.encode(&batch.rows, batch.weights.as_ref())?;
         let options = FormatOptions::default();
         let parts = columns.iter().map(|column| KeyPart::new(batch.rows.column(*column), &options));
@@ -169,7 +172,9 @@ impl AppendSink for KafkaSink {
         for row in 0..rows.len() {
             let has_key = write_key(key, &parts, row)?;
             let time = batch.origin.time.value(row).div_euclid(1_000);
-            let mut record = BaseRecord::<str, [u8]>::to(&config.topic).payload(rows.row(row));
+            let broken = breaker.as_mut().and_then(|breaker| breaker.next(rows.row(row)));
+            let payload = broken.as_deref().unwrap_or_else(|| rows.row(row));
+            let mut record = BaseRecord::<str, [u8]>::to(&config.topic).payload(payload);
             record.key = has_key.then_some(key.as_str());
             record.timestamp = (time > 0).then_some(time);
             while let Err((error, back)) = producer.send(record) {

@@ -1,0 +1,238 @@
+//! Counters that tasks raise and the command line reads. Reading them slows nothing down: all are atomics, except
+//! for what changes rarely (dead letters, a few rows for the eye).
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use arrow::array::RecordBatch;
+
+use crate::plan::{NodeId, SinkPlan, SourcePlan, StreamPlan};
+use crate::runtime::freshness::Histogram;
+use crate::runtime::watermark::{Holding, SourceClock};
+use crate::stream::{DeadLetter, Micros, START_OF_TIME};
+
+/// Rows that are kept of a write, to be shown.
+const SAMPLE_ROWS: usize = 16;
+
+/// What is counted of one source.
+#[derive(Debug, Default)]
+pub struct SourceMetrics {
+    pub name: String,
+    /// Its connector and topic, for the eye.
+    pub origin: String,
+    /// Rows that were decoded.
+    pub read: AtomicU64,
+    pub late: AtomicU64,
+    /// Records between what was read and the newest known end, over all shards.
+    pub lag: AtomicI64,
+    clock: OnceLock<SourceClock>,
+}
+
+impl SourceMetrics {
+    /// Hands in the clock that the source's shards share, once it is there.
+    pub fn watch(&self, clock: SourceClock) {
+        // A second start of the same metrics keeps the first clock.
+        self.clock.set(clock).ok();
+    }
+
+    /// The source's watermark; the start of time before any row.
+    pub fn watermark(&self) -> Micros {
+        self.clock.get().map_or(START_OF_TIME, SourceClock::published)
+    }
+
+    /// Which partition the watermark waits for; `None` before the start.
+    pub fn holding(&self) -> Option<Holding> {
+        self.clock.get().map(SourceClock::holding)
+    }
+}
+
+/// What is counted of one sink.
+#[derive(Debug, Default)]
+pub struct SinkMetrics {
+    pub name: String,
+    /// Connector, for the eye.
+    pub target: String,
+    /// It holds the newest row per key.
+    pub online: bool,
+    /// Rows written; keys, for an online sink.
+    pub rows: AtomicU64,
+    /// Commits of a table, flushes of another sink.
+    pub commits: AtomicU64,
+    /// Version of the table after the newest commit.
+    pub version: AtomicU64,
+    /// When the newest commit or flush was acknowledged, ms since the epoch; 0 before.
+    pub committed_ms: AtomicI64,
+    /// An online store does not answer; rows wait.
+    pub down: AtomicBool,
+    /// Keys that wait for an online store.
+    pub waiting: AtomicU64,
+    /// Age of online rows, by their event time, when the store acknowledged them.
+    pub freshness: Histogram,
+    /// How long before the store's acknowledgement the record behind a row was read.
+    pub latency: Histogram,
+    sample: Mutex<Option<RecordBatch>>,
+}
+
+impl SinkMetrics {
+    /// A commit or flush was acknowledged at `now_ms`.
+    pub fn committed(&self, now_ms: i64) {
+        Metrics::add(&self.commits, 1);
+        self.committed_ms.store(now_ms, Ordering::Relaxed);
+    }
+
+    /// Keeps a few rows to show.
+    pub fn show(&self, rows: &RecordBatch) {
+        *lock(&self.sample) = Some(rows.slice(0, rows.num_rows().min(SAMPLE_ROWS)));
+    }
+
+    /// Rows of the newest write since the last call.
+    pub fn take_sample(&self) -> Option<RecordBatch> {
+        lock(&self.sample).take()
+    }
+}
+
+/// Dead letters so far.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Letters {
+    pub total: u64,
+    /// How many of each kind of fault.
+    pub kinds: BTreeMap<&'static str, u64>,
+    /// Where the newest one was, and what was wrong.
+    pub newest: Option<(String, String)>,
+}
+
+/// Everything that is counted of a pipeline.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    pub sources: Vec<(NodeId, Arc<SourceMetrics>)>,
+    pub sinks: Vec<(NodeId, Arc<SinkMetrics>)>,
+    /// Newest epoch whose manifest is published.
+    pub epoch: AtomicU64,
+    /// When that was, ms since the epoch; 0 before.
+    pub checkpoint_ms: AtomicI64,
+    letters: Mutex<Letters>,
+}
+
+impl Metrics {
+    /// Counters for what a plan has.
+    pub fn of(plan: &StreamPlan) -> Arc<Self> {
+        let source = |(node, source): (NodeId, &SourcePlan)| (node, Arc::new(source_metrics(source)));
+        let sink = |(node, sink): (NodeId, &SinkPlan)| (node, Arc::new(sink_metrics(sink)));
+        Arc::new(Self {
+            sources: plan.source().into_iter().map(source).collect(),
+            sinks: plan.sinks().map(sink).collect(),
+            ..Self::default()
+        })
+    }
+
+    /// Counters of a source; of no one's where the plan was another.
+    pub fn source(&self, node: NodeId) -> Arc<SourceMetrics> {
+        let found = self.sources.iter().find(|(known, _)| *known == node);
+        found.map(|(_, source)| Arc::clone(source)).unwrap_or_default()
+    }
+
+    /// Counters of a sink; of no one's where the plan was another.
+    pub fn sink(&self, node: NodeId) -> Arc<SinkMetrics> {
+        let found = self.sinks.iter().find(|(known, _)| *known == node);
+        found.map(|(_, sink)| Arc::clone(sink)).unwrap_or_default()
+    }
+
+    /// Counts dead letters. Not for each record: callers gather those of a batch.
+    pub fn bury(&self, dead: &[DeadLetter]) {
+        let Some(newest) = dead.last() else { return };
+        let mut letters = lock(&self.letters);
+        letters.total += dead.len() as u64;
+        for letter in dead {
+            *letters.kinds.entry(letter.kind).or_default() += 1;
+        }
+        let place = format!("{}[{}]@{}", newest.topic, newest.partition, newest.offset);
+        letters.newest = Some((place, newest.error.clone()));
+    }
+
+    pub fn letters(&self) -> Letters {
+        lock(&self.letters).clone()
+    }
+
+    /// Rows read by all sources.
+    pub fn read(&self) -> u64 {
+        self.sources.iter().map(|(_, source)| source.read.load(Ordering::Relaxed)).sum()
+    }
+
+    pub fn late(&self) -> u64 {
+        self.sources.iter().map(|(_, source)| source.late.load(Ordering::Relaxed)).sum()
+    }
+
+    pub fn lag(&self) -> i64 {
+        self.sources.iter().map(|(_, source)| source.lag.load(Ordering::Relaxed)).sum()
+    }
+
+    /// The least watermark of the sources; the start of time before any row.
+    pub fn watermark(&self) -> Micros {
+        self.sources.iter().map(|(_, source)| source.watermark()).min().unwrap_or(START_OF_TIME)
+    }
+
+    /// Rows written by sinks that keep every row.
+    pub fn stored(&self) -> u64 {
+        self.rows(false)
+    }
+
+    /// Keys written by online sinks.
+    pub fn served(&self) -> u64 {
+        self.rows(true)
+    }
+
+    fn rows(&self, online: bool) -> u64 {
+        let wanted = self.sinks.iter().filter(|(_, sink)| sink.online == online);
+        wanted.map(|(_, sink)| sink.rows.load(Ordering::Relaxed)).sum()
+    }
+
+    pub fn add(counter: &AtomicU64, value: u64) {
+        counter.fetch_add(value, Ordering::Relaxed);
+    }
+}
+
+fn source_metrics(source: &SourcePlan) -> SourceMetrics {
+    let origin = source.kind.to_string();
+    SourceMetrics { name: source.name.clone(), origin, ..SourceMetrics::default() }
+}
+
+fn sink_metrics(sink: &SinkPlan) -> SinkMetrics {
+    let online = matches!(sink.kind, crate::plan::SinkKind::Online { .. });
+    let target = sink.kind.connector().to_owned();
+    SinkMetrics { name: sink.name.clone(), target, online, ..SinkMetrics::default() }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::Stage;
+
+    #[test]
+    fn dead_letters_are_counted_by_kind() {
+        let letter = |kind: &'static str, offset: i64| DeadLetter {
+            stage: Stage::Decode,
+            at: "s".into(),
+            topic: "t".into(),
+            partition: 2,
+            offset,
+            timestamp_ms: None,
+            key: None,
+            payload: None,
+            error: format!("{kind}!"),
+            kind,
+        };
+        let metrics = Metrics::default();
+        metrics.bury(&[]);
+        metrics.bury(&[letter("not_json", 1), letter("wrong_type", 2)]);
+        metrics.bury(&[letter("not_json", 7)]);
+        let letters = metrics.letters();
+        assert_eq!(letters.total, 3);
+        assert_eq!(letters.kinds, [("not_json", 2), ("wrong_type", 1)].into());
+        assert_eq!(letters.newest, Some(("t[2]@7".to_owned(), "not_json!".to_owned())));
+    }
+}
