@@ -23,6 +23,7 @@ pub async fn run(files: Files) -> Result<()> {
     let brokers = [("KAFKA_BROKERS".to_owned(), broker.bootstrap_servers().to_owned())];
     let mut plan = crate::plan::sinks::plan(&load_with(&files, &brokers)?, &[]).await?;
     let memory = prepare(&mut plan, &broker, &state).await?;
+    plan.resolve_secrets(&super::environment)?;
     let looked_at = sinks(&plan);
     let producer = producer(&files, &brokers).await?;
     let metrics = Metrics::shared();
@@ -78,7 +79,7 @@ fn options(name: &str, state: &str) -> RunOptions {
     }
 }
 
-/// Creates topics, sets the base of their offsets, and puts memory in the place of a Redis that does not answer.
+/// Creates topics, sets the base of their offsets, leaves log-in and TLS of Kafka out, and puts memory in the place of a Redis that does not answer.
 async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> Result<bool> {
     let positions = crate::runtime::stored_positions(plan, state).await?;
     let mut memory = false;
@@ -87,8 +88,12 @@ async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> 
             NodeKind::Source(source) => {
                 if let SourceKind::Kafka(config) = &mut source.kind {
                     broker.ensure_topic(&config.topic)?;
+                    config.settings.without_security();
                     config.offset_base = positions.clone();
                 }
+            }
+            NodeKind::Sink(SinkPlan { kind: SinkKind::Kafka(config), .. }) => {
+                config.settings.without_security();
             }
             NodeKind::Sink(sink) => {
                 #[cfg(feature = "redis")]
@@ -122,7 +127,12 @@ async fn producer(files: &Files, brokers: &[(String, String)]) -> Result<Option<
     };
     let Some((path, stem)) = files.files.iter().find_map(beside) else { return Ok(None) };
     let files = Files { files: vec![path], set: files.set.clone() };
-    let plan = crate::plan::sinks::plan(&load_with(&files, brokers)?, &[]).await?;
+    let mut plan = crate::plan::sinks::plan(&load_with(&files, brokers)?, &[]).await?;
+    for node in &mut plan.nodes {
+        if let NodeKind::Sink(SinkPlan { kind: SinkKind::Kafka(config), .. }) = &mut node.kind {
+            config.settings.without_security();
+        }
+    }
     Ok(Some((plan, format!("{stem}_producer-dev"))))
 }
 

@@ -59,6 +59,21 @@ pub struct SinkPlan {
     pub key: Vec<usize>,
 }
 
+impl SinkPlan {
+    /// As [`StreamPlan::resolve_secrets`], for one sink.
+    ///
+    /// # Errors
+    /// A user error at the option's place.
+    #[cfg_attr(not(feature = "kafka"), expect(unused_variables, reason = "only servers ask for secrets"))]
+    pub fn resolve_secrets(&mut self, environment: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+        match &mut self.kind {
+            #[cfg(feature = "kafka")]
+            SinkKind::Kafka(config) => config.settings.resolve_secrets(environment),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Plans the sinks of a catalog (all, or those named), and everything below them.
 ///
 /// # Errors
