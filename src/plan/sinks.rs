@@ -45,7 +45,7 @@ pub enum OnlineKind {
     /// Of the process; its rows live on in the state.
     Memory,
     #[cfg(feature = "redis")]
-    Redis(RedisConfig),
+    Redis(Box<RedisConfig>),
 }
 
 #[derive(Debug, Clone)]
@@ -64,11 +64,16 @@ impl SinkPlan {
     ///
     /// # Errors
     /// A user error at the option's place.
-    #[cfg_attr(not(feature = "kafka"), expect(unused_variables, reason = "only servers ask for secrets"))]
+    #[cfg_attr(
+        not(any(feature = "kafka", feature = "redis")),
+        expect(unused_variables, reason = "only servers ask for secrets")
+    )]
     pub fn resolve_secrets(&mut self, environment: &dyn Fn(&str) -> Option<String>) -> Result<()> {
         match &mut self.kind {
             #[cfg(feature = "kafka")]
             SinkKind::Kafka(config) => config.settings.resolve_secrets(environment),
+            #[cfg(feature = "redis")]
+            SinkKind::Online { store: OnlineKind::Redis(config), .. } => config.resolve_secrets(environment),
             _ => Ok(()),
         }
     }
@@ -333,7 +338,7 @@ fn connector_of(
         "redis" => {
             let config = RedisConfig::from_options(options).map_err(placed)?;
             let (key, ttl_micros) = (config.key.clone(), config.ttl_micros());
-            Ok((SinkKind::Online { store: OnlineKind::Redis(config), ttl_micros }, key))
+            Ok((SinkKind::Online { store: OnlineKind::Redis(Box::new(config)), ttl_micros }, key))
         }
         "memory" => {
             let key = list(Some(options.required("key").map_err(placed)?));
