@@ -8,12 +8,14 @@
     reason = "tests read clocks and the environment, wait for processes, say what they skip, and fail by panic"
 )]
 
+mod access;
 mod case;
 mod faults;
 mod groups;
 mod layout;
 mod online;
 mod pipeline;
+mod secured;
 mod slt;
 mod statements;
 mod windows;
