@@ -45,11 +45,13 @@ struct Inner {
     hint: Option<String>,
     place: Option<Place>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    lasting: bool,
 }
 
 impl Error {
     pub fn new(domain: Domain, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner { domain, message: message.into(), hint: None, place: None, source: None }))
+        let message = message.into();
+        Self(Box::new(Inner { domain, message, hint: None, place: None, source: None, lasting: false }))
     }
 
     pub fn user(message: impl Into<String>) -> Self {
@@ -87,6 +89,13 @@ impl Error {
         self
     }
 
+    /// Says that trying again changes nothing until a person has acted, as with a refused user.
+    #[must_use]
+    pub fn lasting(mut self) -> Self {
+        self.0.lasting = true;
+        self
+    }
+
     /// Puts what was being done in front of the message.
     #[must_use]
     pub fn context(mut self, doing: impl fmt::Display) -> Self {
@@ -96,6 +105,11 @@ impl Error {
 
     pub fn domain(&self) -> Domain {
         self.0.domain
+    }
+
+    /// Whether whoever rides out failures should stop instead.
+    pub fn is_lasting(&self) -> bool {
+        self.0.lasting
     }
 
     pub fn message(&self) -> &str {

@@ -8,6 +8,7 @@
     reason = "tests read clocks and the environment, wait for processes, say what they skip, and fail by panic"
 )]
 
+mod access;
 mod case;
 mod dev;
 mod faults;
@@ -18,6 +19,7 @@ mod online;
 mod options;
 mod pipeline;
 mod readme;
+mod secured;
 mod shipped;
 mod slt;
 mod statements;

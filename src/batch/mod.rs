@@ -66,7 +66,7 @@ pub async fn query(
                 }
                 // The schema of a table may stand in its files only.
                 None => {
-                    register(&session, catalog, plan, &name, state).await?;
+                    register(&session, catalog, plan, &name, (variables, state)).await?;
                     let table = session.table(quoted(&name)).await?;
                     answer = Some(introspect::columns(table.schema().as_arrow(), None)?);
                     continue;
@@ -83,7 +83,7 @@ pub async fn query(
         let names =
             session.state().resolve_table_references(&statement).map_err(|error| located(error, &place))?;
         for name in names {
-            register(&session, catalog, plan, name.table(), state).await?;
+            register(&session, catalog, plan, name.table(), (variables, state)).await?;
         }
         let planner = session.state();
         let logical = planner.statement_to_plan(*statement).await.map_err(|error| located(error, &place))?;
@@ -108,13 +108,13 @@ async fn register(
     catalog: &Catalog,
     plan: &StreamPlan,
     name: &str,
-    state: Option<&str>,
+    (variables, state): (&Variables<'_>, Option<&str>),
 ) -> Result<()> {
     if session.table_exist(quoted(name)).unwrap_or(false) {
         return Ok(());
     }
     if let Some((_, sink)) = plan.sinks().find(|(_, sink)| sink.name == name) {
-        return register_sink(session, sink, state).await;
+        return register_sink(session, sink, variables, state).await;
     }
     if let Some(table) = catalog.table(name) {
         crate::plan::tables::register(session, table).await?;
@@ -127,7 +127,13 @@ async fn register(
     Ok(())
 }
 
-async fn register_sink(session: &SessionContext, sink: &SinkPlan, state: Option<&str>) -> Result<()> {
+async fn register_sink(
+    session: &SessionContext,
+    sink: &SinkPlan,
+    #[cfg_attr(not(feature = "redis"), expect(unused_variables, reason = "only servers ask for secrets"))]
+    variables: &Variables<'_>,
+    state: Option<&str>,
+) -> Result<()> {
     match &sink.kind {
         SinkKind::Online { .. } if state.is_some() => {
             let rows = newest::read(sink, state.unwrap_or_default()).await?;
@@ -141,7 +147,9 @@ async fn register_sink(session: &SessionContext, sink: &SinkPlan, state: Option<
         }
         #[cfg(feature = "redis")]
         SinkKind::Online { store: crate::plan::OnlineKind::Redis(config), .. } => {
-            let rows = crate::connectors::redis::scan::read_all(config, &sink.schema).await?;
+            let mut config = config.clone();
+            config.resolve_secrets(variables.environment)?;
+            let rows = crate::connectors::redis::scan::read_all(&config, &sink.schema).await?;
             let table = MemTable::try_new(Arc::clone(&sink.schema), vec![rows])?;
             session.register_table(quoted(&sink.name), Arc::new(table))?;
         }

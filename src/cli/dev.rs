@@ -42,6 +42,7 @@ pub async fn run(args: DevArgs) -> Result<()> {
     let brokers = [("KAFKA_BROKERS".to_owned(), broker.bootstrap_servers().to_owned())];
     let mut plan = crate::plan::sinks::plan(&load_with(&files, &brokers)?, &[]).await?;
     let memory = prepare(&mut plan, &broker, &state).await?;
+    plan.resolve_secrets(&super::environment)?;
     let looked_at = sinks(&plan);
     let mut producer = producer(&files, &brokers).await?;
     if let Some(every) = args.inject_bad {
@@ -104,7 +105,7 @@ fn options(name: &str, state: &str) -> RunOptions {
     }
 }
 
-/// Creates topics, sets the base of their offsets, and puts memory in the place of a Redis that does not answer.
+/// Creates topics, sets the base of their offsets, leaves log-in and TLS of Kafka out, and puts memory in the place of a Redis that does not answer.
 async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> Result<bool> {
     let positions = crate::runtime::stored_positions(plan, state).await?;
     let mut memory = false;
@@ -113,13 +114,20 @@ async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> 
             NodeKind::Source(source) => {
                 if let SourceKind::Kafka(config) = &mut source.kind {
                     broker.ensure_topic(&config.topic)?;
+                    config.settings.without_security();
                     config.offset_base = positions.clone();
                     // The embedded broker answers an early fetch at its end only, not when records come.
-                    config
-                        .settings
-                        .extra
-                        .insert(0, ("fetch.wait.max.ms".to_owned(), FETCH_WAIT_MS.to_owned()));
+                    config.settings.extra.insert(
+                        0,
+                        (
+                            "fetch.wait.max.ms".to_owned(),
+                            crate::sql::options::Guarded::Plain(FETCH_WAIT_MS.to_owned()),
+                        ),
+                    );
                 }
+            }
+            NodeKind::Sink(SinkPlan { kind: SinkKind::Kafka(config), .. }) => {
+                config.settings.without_security();
             }
             NodeKind::Sink(sink) => {
                 #[cfg(feature = "redis")]
@@ -153,7 +161,12 @@ async fn producer(files: &Files, brokers: &[(String, String)]) -> Result<Option<
     };
     let Some((path, stem)) = files.files.iter().find_map(beside) else { return Ok(None) };
     let files = Files { files: vec![path], set: files.set.clone() };
-    let plan = crate::plan::sinks::plan(&load_with(&files, brokers)?, &[]).await?;
+    let mut plan = crate::plan::sinks::plan(&load_with(&files, brokers)?, &[]).await?;
+    for node in &mut plan.nodes {
+        if let NodeKind::Sink(SinkPlan { kind: SinkKind::Kafka(config), .. }) = &mut node.kind {
+            config.settings.without_security();
+        }
+    }
     Ok(Some((plan, format!("{stem}_producer-dev"))))
 }
 

@@ -234,7 +234,8 @@ fn pipeline_name(files: &Files, name: Option<&str>, sinks: &[String]) -> Result<
 
 async fn run(args: RunArgs) -> Result<()> {
     let catalog = load(&args.files)?;
-    let plan: StreamPlan = crate::plan::sinks::plan(&catalog, &args.sink).await?;
+    let mut plan: StreamPlan = crate::plan::sinks::plan(&catalog, &args.sink).await?;
+    plan.resolve_secrets(&environment)?;
     let name = pipeline_name(&args.files, args.name.as_deref(), &args.sink)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let options = RunOptions {

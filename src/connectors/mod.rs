@@ -161,6 +161,9 @@ pub trait OnlineStore: Send + Sync {
     async fn raise_fence(&self, generation: u64) -> Result<u64>;
 
     /// Writes all or nothing per script call of up to 1,000 keys, in order, then raises `consumed`.
+    ///
+    /// # Errors
+    /// What may pass, and [lasting](crate::error::Error::is_lasting) ones: the store refuses the user.
     async fn flush(
         &self,
         generation: u64,

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use arrow::datatypes::SchemaRef;
 use datafusion::physical_plan::PhysicalExpr;
 
+use crate::error::Result;
 use crate::operators::group::GroupSpec;
 use crate::operators::lookup::LookupSpec;
 use crate::operators::over::OverSpec;
@@ -111,6 +112,25 @@ impl StreamPlan {
             NodeKind::Sink(sink) => Some((id, sink)),
             _ => None,
         })
+    }
+
+    /// Finds what the secrets among the options stand for (`environment` gives the variables): right before the plan is
+    /// run, as `check` and `explain` need none.
+    ///
+    /// # Errors
+    /// A user error at the option's place: a variable that is not set, a file that cannot be read.
+    pub fn resolve_secrets(&mut self, environment: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+        for node in &mut self.nodes {
+            match &mut node.kind {
+                #[cfg(feature = "kafka")]
+                NodeKind::Source(SourcePlan { kind: SourceKind::Kafka(config), .. }) => {
+                    config.settings.resolve_secrets(environment)?;
+                }
+                NodeKind::Sink(sink) => sink.resolve_secrets(environment)?,
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Nodes that read from `id`, with their edges.

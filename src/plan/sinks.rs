@@ -73,7 +73,7 @@ pub enum OnlineKind {
     /// In the place of another store: whoever started the run reads it.
     Held(Arc<MemoryStore>),
     #[cfg(feature = "redis")]
-    Redis(RedisConfig),
+    Redis(Box<RedisConfig>),
 }
 
 #[derive(Debug, Clone)]
@@ -90,6 +90,26 @@ pub struct SinkPlan {
     pub settled: bool,
     /// A column that never falls along the order of the rows: the event time, or what is left of it.
     pub order: Option<usize>,
+}
+
+impl SinkPlan {
+    /// As [`StreamPlan::resolve_secrets`], for one sink.
+    ///
+    /// # Errors
+    /// A user error at the option's place.
+    #[cfg_attr(
+        not(any(feature = "kafka", feature = "redis")),
+        expect(unused_variables, reason = "only servers ask for secrets")
+    )]
+    pub fn resolve_secrets(&mut self, environment: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+        match &mut self.kind {
+            #[cfg(feature = "kafka")]
+            SinkKind::Kafka(config) => config.settings.resolve_secrets(environment),
+            #[cfg(feature = "redis")]
+            SinkKind::Online { store: OnlineKind::Redis(config), .. } => config.resolve_secrets(environment),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Plans the sinks of a catalog (all, or those named), and everything below them.
@@ -359,7 +379,7 @@ fn connector_of(
         "redis" => {
             let config = RedisConfig::from_options(options).map_err(placed)?;
             let (key, ttl_micros) = (config.key.clone(), config.ttl_micros());
-            Ok((SinkKind::Online { store: OnlineKind::Redis(config), ttl_micros }, key))
+            Ok((SinkKind::Online { store: OnlineKind::Redis(Box::new(config)), ttl_micros }, key))
         }
         "memory" => {
             let key = list(Some(options.required("key").map_err(placed)?));

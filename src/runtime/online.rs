@@ -126,7 +126,7 @@ impl OnlineTask {
     /// Runs until the last barrier.
     ///
     /// # Errors
-    /// Fenced: a newer process owns the store. External: the state store failed.
+    /// Fenced: a newer process owns the store. External: the state store failed, or the online store refuses the user.
     pub async fn run(mut self) -> Result<()> {
         if self.fence == Fence::Lost {
             self.newest.mark_all_dirty();
@@ -272,8 +272,7 @@ impl OnlineTask {
             Ok(Flushed::FenceLost) => self.lose(&dirty).await,
             Err(error) => {
                 self.newest.give_back(&dirty);
-                self.back_off(&error);
-                Ok(())
+                self.back_off(error)
             }
         }
     }
@@ -337,14 +336,15 @@ impl OnlineTask {
                 (self.flushes.failures, self.flushes.retry_at) = (0, None);
                 Ok(())
             }
-            Err(error) => {
-                self.back_off(&error);
-                Ok(())
-            }
+            Err(error) => self.back_off(error),
         }
     }
 
-    fn back_off(&mut self, error: &Error) {
+    /// Rides out what may pass; a refused user or right does not.
+    fn back_off(&mut self, error: Error) -> Result<()> {
+        if error.is_lasting() {
+            return Err(error.context(format_args!("sink {}", self.sink)));
+        }
         if self.flushes.failures == 0 {
             tracing::warn!(%error, "the online store failed; newest values wait until it is back");
         }
@@ -353,6 +353,7 @@ impl OnlineTask {
         self.metrics.waiting.store(self.newest.dirty_len() as u64, Ordering::Relaxed);
         let wait = Duration::from_millis(100 << self.flushes.failures.min(6));
         self.flushes.retry_at = Some(self.clock.instant() + wait);
+        Ok(())
     }
 
     /// Before the end: everything is written, or said not to be.

@@ -3,8 +3,8 @@
 //! A connector takes each option that it knows with one of the methods below and ends with [`Options::finish`].
 //! An unknown key is an error with a "did you mean"; a wrong value names the key, the value and what was expected.
 //!
-//! `secret('env:NAME')` and `secret('file:PATH')` stay unresolved until a connector calls [`Options::secret`]; only
-//! options taken that way accept them, and no message or debug output shows what they stand for.
+//! `secret('env:NAME')` and `secret('file:PATH')` are accepted by options that are taken as [`Guarded`]. They stay
+//! unresolved until a pipeline starts, and no message or debug output shows what they stand for.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -57,6 +57,72 @@ pub fn resolve_secret(reference: &str, environment: &dyn Fn(&str) -> Option<Stri
         }
         _ => Err(Error::user(format!("secret('{reference}') is not understood"))
             .hint("Write secret('env:NAME') or secret('file:PATH').")),
+    }
+}
+
+/// The value of an option that may be a `secret('…')`.
+///
+/// # Constraints
+/// [`Guarded::resolve`] once before the first [`Guarded::reveal`]: `check` and `explain` need no secret.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Guarded {
+    /// Written in the SQL as it stands.
+    Plain(String),
+    Kept {
+        /// Where the secret is kept (`env:NAME`, `file:PATH`).
+        reference: String,
+        place: Option<Place>,
+        found: Option<Secret>,
+    },
+}
+
+impl Guarded {
+    fn new(option: OptionValue) -> Self {
+        match option.secret {
+            false => Self::Plain(option.value),
+            true => Self::Kept { reference: option.value, place: option.place, found: None },
+        }
+    }
+
+    /// Finds what a secret stands for; see [`resolve_secret`].
+    ///
+    /// # Errors
+    /// A user error at the option's place when the variable is not set or the file cannot be read.
+    pub fn resolve(&mut self, environment: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+        if let Self::Kept { reference, place, found } = self {
+            let text = resolve_secret(reference, environment);
+            *found = Some(Secret(text.map_err(|error| placed(error, place.as_ref()))?));
+        }
+        Ok(())
+    }
+
+    /// The value itself: for the connection that needs it, not for messages.
+    ///
+    /// # Errors
+    /// Internal: nobody has resolved it.
+    pub fn reveal(&self) -> Result<&str> {
+        match self {
+            Self::Plain(text) => Ok(text),
+            Self::Kept { found: Some(secret), .. } => Ok(secret.reveal()),
+            Self::Kept { reference, .. } => {
+                Err(Error::internal(format!("secret('{reference}') was used before it was resolved")))
+            }
+        }
+    }
+
+    /// As it may be shown, if the option is none that is always hidden: of a secret, where it is kept.
+    pub fn shown(&self) -> String {
+        match self {
+            Self::Plain(text) => text.clone(),
+            Self::Kept { reference, .. } => format!("secret('{reference}')"),
+        }
+    }
+}
+
+impl fmt::Debug for Guarded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A plain value may be a password as well.
+        f.write_str("***")
     }
 }
 
@@ -192,28 +258,19 @@ impl Options {
         })
     }
 
-    /// An option that may be `secret('…')`, resolved now by `resolve` (see [`resolve_secret`]).
+    /// An option that may be `secret('…')`.
     ///
     /// # Errors
-    /// The resolver's, at the option's place.
-    pub fn secret(&mut self, key: &str, resolve: &dyn Fn(&str) -> Result<String>) -> Result<Option<Secret>> {
+    /// Internal: the option is not declared.
+    pub fn guarded(&mut self, key: &str) -> Result<Option<Guarded>> {
         self.note(key.to_owned())?;
-        self.left.remove(key).map(|option| reveal(&option, resolve)).transpose()
+        Ok(self.left.remove(key).map(Guarded::new))
     }
 
-    /// As [`Options::with_prefix`], but takes only the options that are secrets; call it before or after the other.
-    ///
-    /// # Errors
-    /// The resolver's, at the option's place.
-    pub fn secrets_with_prefix(
-        &mut self,
-        prefix: &str,
-        resolve: &dyn Fn(&str) -> Result<String>,
-    ) -> Result<Vec<(String, Secret)>> {
-        self.take_prefix(prefix, true)
-            .into_iter()
-            .map(|(key, option)| Ok((key, reveal(&option, resolve)?)))
-            .collect()
+    /// As [`Options::with_prefix`], secrets included.
+    pub fn guarded_with_prefix(&mut self, prefix: &str) -> Vec<(String, Guarded)> {
+        let taken = self.take_prefix(prefix, true);
+        taken.into_iter().map(|(key, option)| (key, Guarded::new(option))).collect()
     }
 
     /// A value by its `FromStr`; `expected` completes "expected …" in the message.
@@ -244,7 +301,7 @@ impl Options {
         })
     }
 
-    /// All options whose key starts with `prefix`, without it: `kafka.*`, `topic.*`. Secrets stay behind.
+    /// All options whose key starts with `prefix`, without it: `topic.*`. Secrets stay behind, for `finish` to refuse.
     pub fn with_prefix(&mut self, prefix: &str) -> Vec<(String, String)> {
         self.take_prefix(prefix, false).into_iter().map(|(key, option)| (key, option.value)).collect()
     }
@@ -255,7 +312,7 @@ impl Options {
             self.known.push(pattern);
         }
         let wanted =
-            |(key, option): &(&String, &OptionValue)| key.starts_with(prefix) && option.secret == secrets;
+            |(key, option): &(&String, &OptionValue)| key.starts_with(prefix) && (secrets || !option.secret);
         let keys: Vec<String> = self.left.iter().filter(wanted).map(|(key, _)| key.clone()).collect();
         keys.into_iter()
             .filter_map(|key| self.left.remove(&key).map(|option| (key[prefix.len()..].to_owned(), option)))
@@ -310,13 +367,6 @@ fn placed(error: Error, place: Option<&Place>) -> Error {
         Some(place) => error.at(place.clone()),
         None => error,
     }
-}
-
-fn reveal(option: &OptionValue, resolve: &dyn Fn(&str) -> Result<String>) -> Result<Secret> {
-    if !option.secret {
-        return Ok(Secret(option.value.clone()));
-    }
-    resolve(&option.value).map(Secret).map_err(|error| placed(error, option.place.as_ref()))
 }
 
 /// Parses `'5 seconds'`, `'1 day 2 hours'`, `'500ms'`; `None` when it is no duration, has months or is negative.

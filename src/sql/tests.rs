@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::place::render;
 use super::*;
 use crate::error::Result;
-use crate::sql::options::{Options, Secret, resolve_secret};
+use crate::sql::options::{Guarded, Options};
 
 const PIPELINE: &str = include_str!("../../sql/transactions.sql");
 
@@ -166,26 +166,35 @@ fn options_take_every_form_of_key_and_value() {
          on = TRUE, kafka.sasl.password = secret('env:PASSWORD'), token = secret('file:/none'))",
     )
     .options;
-    let resolve =
-        |reference: &str| resolve_secret(reference, &|name| (name == "PASSWORD").then(|| "hunter2".into()));
+    let environment = |name: &str| (name == "PASSWORD").then(|| "hunter2".to_owned());
+    let mut all = options.clone().guarded_with_prefix("kafka.");
     assert_eq!(options.with_prefix("kafka."), [("fetch.max.bytes".to_owned(), "5".to_owned())]);
-    let secrets = options.secrets_with_prefix("kafka.", &resolve).unwrap();
-    assert_eq!((secrets[0].0.as_str(), secrets[0].1.reveal()), ("sasl.password", "hunter2"));
-    assert!(!format!("{options:?} {secrets:?}").contains("hunter2"));
+    let mut secrets = options.guarded_with_prefix("kafka.");
+    assert_eq!(secrets[0].0, "sasl.password");
+    assert_eq!(secrets[0].1.shown(), "secret('env:PASSWORD')");
+    let error = secrets[0].1.reveal().unwrap_err();
+    assert_eq!(error.message(), "secret('env:PASSWORD') was used before it was resolved");
+    let error = secrets[0].1.resolve(&|_| None).unwrap_err();
+    assert_eq!(error.message(), "the environment variable PASSWORD of a secret is not set");
+    secrets[0].1.resolve(&environment).unwrap();
+    assert_eq!(secrets[0].1.reveal().unwrap(), "hunter2");
+    assert!(!format!("{options:?} {secrets:?} {}", secrets[0].1.shown()).contains("hunter2"));
+    all.iter_mut().for_each(|(_, value)| value.resolve(&environment).unwrap());
+    assert_eq!(all.iter().map(|(_, value)| value.reveal().unwrap()).collect::<Vec<_>>(), ["5", "hunter2"]);
     assert_eq!(options.parse::<f64>("low", "a number").unwrap(), Some(-1.5));
     assert_eq!(options.duration("ttl").unwrap().map(|d| d.as_secs()), Some(86_400));
     assert_eq!(options.parse::<bool>("on", "true or false").unwrap(), Some(true));
     let mut other = options.clone();
     assert_eq!(other.string("token").unwrap_err().message(), "sink s: token cannot be a secret");
-    let error = options.secret("token", &resolve).unwrap_err();
+    let error = options.guarded("token").unwrap().unwrap().resolve(&environment).unwrap_err();
     assert_eq!(
         (error.message(), error.place().map(|p| p.line)),
         ("the file /none of a secret cannot be read", Some(2))
     );
     let hint = options.finish().unwrap_err().hint_text().map(str::to_owned);
     assert_eq!(hint.as_deref(), Some("Here it is called kafka.group.id."));
-    let plain: Option<Secret> = Options::of("x", &[("p", "plain")]).secret("p", &resolve).unwrap();
-    assert_eq!(plain.map(|p| p.reveal().to_owned()).as_deref(), Some("plain"));
+    let plain: Guarded = Options::of("x", &[("p", "plain")]).guarded("p").unwrap().unwrap();
+    assert_eq!((plain.reveal().unwrap(), format!("{plain:?}").as_str()), ("plain", "***"));
     let error = refused("CREATE SINK s FROM t WITH (p = secret('hunter2'))");
     assert!(!error.to_string().contains("hunter2"), "{error}");
     let error = refused("CREATE SINK s FROM t WITH (a = '1',\n A = '2')");

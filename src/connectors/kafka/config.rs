@@ -1,16 +1,17 @@
 //! Options of Kafka sources and sinks.
 
-use std::fmt;
 use std::time::Duration;
 
 use arrow::datatypes::{Schema, SchemaRef};
 use rdkafka::config::ClientConfig;
+use rdkafka::error::KafkaError;
+use rdkafka::types::RDKafkaConfRes;
 
 use super::bad::BadRecords;
 use super::{base_config, created};
 use crate::connectors::formats::{OnError, timestamp_micros};
 use crate::error::{Error, Result};
-use crate::sql::options::{Options, Secret, nearest};
+use crate::sql::options::{Guarded, Options, nearest};
 use crate::stream::Positions;
 
 /// librdkafka options that carry our guarantees; a user cannot change them.
@@ -24,73 +25,128 @@ const RESERVED: [(&str, &str); 7] = [
     ("enable.idempotence", "The sink is always idempotent."),
 ];
 
+/// librdkafka options that name a file or folder.
+const FILES: [&str; 4] =
+    ["ssl.ca.location", "ssl.certificate.location", "ssl.key.location", "ssl.keystore.location"];
+
 const DAY: Duration = Duration::from_secs(86_400);
 
 /// Where the brokers are, and what goes to librdkafka as it stands.
-#[derive(Clone, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct KafkaSettings {
     pub bootstrap_servers: String,
     /// `kafka.*` options without the prefix.
-    pub extra: Vec<(String, String)>,
-}
-
-impl fmt::Debug for KafkaSettings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Values may be passwords.
-        let keys: Vec<&str> = self.extra.iter().map(|(key, _)| key.as_str()).collect();
-        f.debug_struct("KafkaSettings")
-            .field("bootstrap_servers", &self.bootstrap_servers)
-            .field("extra", &keys)
-            .finish()
-    }
+    pub extra: Vec<(String, Guarded)>,
 }
 
 impl KafkaSettings {
     fn from_options(options: &mut Options) -> Result<Self> {
         let bootstrap_servers = options.required("bootstrap_servers")?;
-        let extra = options.with_prefix("kafka.");
-        for (key, _) in &extra {
-            if let Some((_, hint)) = RESERVED.iter().find(|(reserved, _)| reserved == key) {
-                let error =
-                    Error::user(format!("{}: kafka.{key} cannot be set", options.owner())).hint(*hint);
-                return Err(match options.place(&format!("kafka.{key}")) {
-                    Some(place) => error.at(place),
-                    None => error,
-                });
-            }
+        let settings = Self { bootstrap_servers, extra: options.guarded_with_prefix("kafka.") };
+        for (key, value) in &settings.extra {
+            settings.check(key, value).map_err(|error| settings.placed(error, key, options))?;
         }
-        let settings = Self { bootstrap_servers, extra };
-        settings.check(options)?;
+        settings.check_protocol(options)?;
         Ok(settings)
     }
 
-    /// Adds `kafka.*` options that were written as `secret('…')`.
-    #[must_use]
-    pub fn with_secrets(mut self, secrets: Vec<(String, Secret)>) -> Self {
-        self.extra.extend(secrets.into_iter().map(|(key, secret)| (key, secret.reveal().to_owned())));
-        self
+    fn placed(&self, error: Error, key: &str, options: &Options) -> Error {
+        let error = error.context(options.owner());
+        match options.place(&format!("kafka.{key}")) {
+            Some(place) => error.at(place),
+            None => error,
+        }
     }
 
-    /// librdkafka itself knows its options; asking it needs no connection.
-    fn check(&self, options: &Options) -> Result<()> {
-        for (key, value) in &self.extra {
-            let mut config = ClientConfig::new();
-            config.set(key, value);
-            if let Err(error) = created(self, config.create_native_config().map(|_| ())) {
-                let error = error.context(options.owner());
-                return Err(match options.place(&format!("kafka.{key}")) {
-                    Some(place) => error.at(place),
-                    None => error,
-                });
+    /// librdkafka itself knows its options; asking it needs no connection. Of a secret only the name is checked.
+    fn check(&self, key: &str, value: &Guarded) -> Result<()> {
+        if let Some((_, hint)) = RESERVED.iter().find(|(reserved, _)| *reserved == key) {
+            return Err(Error::user(format!("kafka.{key} cannot be set")).hint(*hint));
+        }
+        let mut config = ClientConfig::new();
+        config.set(key, if let Guarded::Plain(text) = value { text } else { "" });
+        match config.create_native_config() {
+            Err(KafkaError::ClientConfig(fault, ..))
+                if matches!(value, Guarded::Kept { .. })
+                    && fault != RDKafkaConfRes::RD_KAFKA_CONF_UNKNOWN =>
+            {
+                Ok(())
             }
+            result => created(self, result.map(|_| ())),
+        }
+    }
+
+    /// Refuses what librdkafka would leave out in silence: a log-in or TLS that is configured and not used.
+    fn check_protocol(&self, options: &Options) -> Result<()> {
+        let protocol = self.plain("security.protocol").map(str::to_ascii_lowercase);
+        let given = |prefix: &str| self.extra.iter().map(|(key, _)| key).find(|key| key.starts_with(prefix));
+        let refused = |key: &str, message: String, hint: &str| {
+            Err(self.placed(Error::user(message).hint(hint), key, options))
+        };
+        let logs_in = protocol.as_ref().is_some_and(|protocol| protocol.starts_with("sasl_"));
+        if let Some(key) = given("sasl.").filter(|_| !logs_in) {
+            let message = format!("kafka.{key} has no effect without a log-in");
+            return refused(key, message, "Set kafka.security.protocol = 'SASL_SSL' (or 'SASL_PLAINTEXT').");
+        }
+        if let Some(key) = given("ssl.").filter(|_| protocol.is_none()) {
+            let message = format!("kafka.{key} has no effect without TLS");
+            return refused(key, message, "Set kafka.security.protocol = 'SSL' or 'SASL_SSL'.");
+        }
+        if logs_in && given("sasl.mechanism").is_none() {
+            let hint = "Set kafka.sasl.mechanism, for example to 'SCRAM-SHA-512'.";
+            let message = "kafka.security.protocol asks for a log-in of no kind".to_owned();
+            return refused("security.protocol", message, hint);
         }
         Ok(())
     }
 
-    fn apply(&self, config: &mut ClientConfig) {
-        for (key, value) in &self.extra {
-            config.set(key, value);
+    fn plain(&self, key: &str) -> Option<&str> {
+        self.extra.iter().find(|(name, _)| name == key).and_then(|(_, value)| match value {
+            Guarded::Plain(text) => Some(text.as_str()),
+            Guarded::Kept { .. } => None,
+        })
+    }
+
+    /// Finds what the secrets among the options stand for; before the first connection.
+    ///
+    /// # Errors
+    /// A user error at the option's place.
+    pub fn resolve_secrets(&mut self, environment: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+        self.extra.iter_mut().try_for_each(|(_, value)| value.resolve(environment))
+    }
+
+    /// Leaves log-in and TLS out: the embedded broker has neither.
+    pub fn without_security(&mut self) {
+        let security = |key: &str| ["security.", "sasl.", "ssl."].iter().any(|word| key.starts_with(word));
+        self.extra.retain(|(key, _)| !security(key));
+    }
+
+    /// Who logs in, for messages; of a secret name, where it is kept.
+    pub(super) fn user(&self) -> Option<String> {
+        let name = self.extra.iter().find(|(key, _)| key == "sasl.username");
+        name.map(|(_, value)| value.shown())
+    }
+
+    /// # Errors
+    /// User: a file that an option names cannot be read. Internal: a secret was not resolved.
+    pub(super) fn apply(&self, config: &mut ClientConfig) -> Result<()> {
+        let tls =
+            self.plain("security.protocol").is_some_and(|name| name.to_ascii_lowercase().ends_with("ssl"));
+        if tls && !self.extra.iter().any(|(key, _)| key.starts_with("ssl.ca.")) {
+            // The OpenSSL that is linked in does not know where the system keeps its certificates.
+            config.set("ssl.ca.location", "probe");
         }
+        for (key, value) in &self.extra {
+            let text = value.reveal()?;
+            // librdkafka's own message names no file.
+            if FILES.contains(&key.as_str()) && text != "probe" {
+                std::fs::metadata(text).map_err(|error| {
+                    Error::user(format!("kafka.{key} = '{}' cannot be read", value.shown())).because(error)
+                })?;
+            }
+            config.set(key, text);
+        }
+        Ok(())
     }
 }
 
@@ -205,18 +261,18 @@ impl KafkaSourceConfig {
         })
     }
 
-    pub(super) fn client(&self, group: &str) -> ClientConfig {
+    pub(super) fn client(&self, group: &str) -> Result<ClientConfig> {
         let mut config = base_config(&self.settings);
         // A full queue would otherwise hold the next fetch back for a second.
         config.set("fetch.queue.backoff.ms", "10").set("fetch.error.backoff.ms", "100");
-        self.settings.apply(&mut config);
+        self.settings.apply(&mut config)?;
         config
             .set("group.id", group)
             .set("enable.auto.commit", "false")
             .set("enable.auto.offset.store", "false")
             .set("enable.partition.eof", "true")
             .set("auto.offset.reset", "error");
-        config
+        Ok(config)
     }
 }
 
@@ -291,7 +347,7 @@ impl KafkaSinkConfig {
         self.key.iter().map(find).collect()
     }
 
-    pub(super) fn client(&self) -> ClientConfig {
+    pub(super) fn client(&self) -> Result<ClientConfig> {
         let mut config = base_config(&self.settings);
         config
             .set("linger.ms", "5")
@@ -299,8 +355,8 @@ impl KafkaSinkConfig {
             .set("partitioner", "murmur2_random")
             // What is not acknowledged yet must not fill the memory.
             .set("queue.buffering.max.kbytes", "65536");
-        self.settings.apply(&mut config);
+        self.settings.apply(&mut config)?;
         config.set("enable.idempotence", "true").set("allow.auto.create.topics", "false");
-        config
+        Ok(config)
     }
 }

@@ -7,7 +7,8 @@
 //! - A batch with weights writes each row once with its `_weight`.
 //!
 //! `write` hands records to librdkafka, which sends them by itself; `flush` waits until the brokers have all of
-//! them. A record that cannot be delivered fails the next `write` or `flush`.
+//! them. A record that cannot be delivered fails the next `write` or `flush`, and so does a refused log-in, for which
+//! librdkafka would let the records wait.
 
 use std::fmt::Write as _;
 use std::sync::{Mutex, PoisonError};
@@ -26,7 +27,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::bad::Breaker;
 use super::config::{KafkaSinkConfig, TopicCreation};
-use super::{Context, REACH_TIMEOUT, base_config, blocking, created, topic_partitions};
+use super::{Access, Context, REACH_TIMEOUT, Right, base_config, blocking, created, topic_partitions};
 use crate::connectors::AppendSink;
 use crate::connectors::formats::json_encode::JsonEncoder;
 use crate::error::{Error, Result};
@@ -47,7 +48,7 @@ pub struct KafkaSink {
 /// Remembers the first record that could not be delivered.
 struct Deliveries {
     context: Context,
-    failed: Mutex<Option<String>>,
+    failed: Mutex<Option<KafkaError>>,
 }
 
 impl ClientContext for Deliveries {
@@ -69,8 +70,8 @@ impl ProducerContext for Deliveries {
         match result {
             Ok(_) => self.context.is_up(),
             Err((error, _)) => {
-                let reason = error.rdkafka_error_code().map_or(error.to_string(), |code| code.to_string());
-                self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+                let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+                failed.get_or_insert_with(|| error.clone());
             }
         }
     }
@@ -80,11 +81,13 @@ impl KafkaSink {
     /// Connects and creates the topic if it is missing and the options say so.
     ///
     /// # Errors
-    /// External: no broker answers, the topic is missing and must not or cannot be created.
+    /// External: no broker answers, log-in or TLS is refused, the topic may not be seen, or it is missing and must not
+    /// or cannot be created. A missing right to write shows with the first record.
     pub async fn open(config: KafkaSinkConfig) -> Result<Self> {
-        let context = Deliveries { context: Context::new(&config.settings), failed: Mutex::new(None) };
+        let access = Access::new(&config.settings, &config.topic);
+        let context = Deliveries { context: Context::new(access), failed: Mutex::new(None) };
         let producer: BaseProducer<Deliveries> =
-            created(&config.settings, config.client().create_with_context(context))?;
+            created(&config.settings, config.client()?.create_with_context(context))?;
         let breaker = config.bad.clone().map(Breaker::new);
         let sink = Self { config, producer, encoder: JsonEncoder::default(), key: String::new(), breaker };
         if blocking(|| sink.partitions())?.is_none() {
@@ -103,17 +106,16 @@ impl KafkaSink {
     fn partitions(&self) -> Result<Option<Vec<i32>>> {
         let client = self.producer.client();
         let drain = || self.producer.poll(Duration::ZERO);
-        topic_partitions(client, &client.context().context, &self.config.topic, drain)
+        topic_partitions(client, &client.context().context, &self.config.topic, Right::Write, drain)
     }
 
     async fn create_topic(&self, creation: &TopicCreation) -> Result<()> {
         let (settings, topic) = (&self.config.settings, self.config.topic.as_str());
+        let access = &self.producer.client().context().context.access;
         let mut config = base_config(settings);
-        settings.extra.iter().for_each(|(key, value)| {
-            config.set(key, value);
-        });
+        settings.apply(&mut config)?;
         let admin: AdminClient<Context> =
-            created(settings, config.create_with_context(Context::new(settings)))?;
+            created(settings, config.create_with_context(Context::new(access.clone())))?;
         let retention = creation.retention.as_millis().to_string();
         let mut wanted =
             NewTopic::new(topic, creation.partitions, TopicReplication::Fixed(creation.replication));
@@ -142,22 +144,28 @@ impl KafkaSink {
                 );
                 Ok(())
             }
-            Some(Err((_, code))) => Err(refused(code.to_string())),
+            Some(Err((_, code))) => {
+                Err(access.refusal(code, "", Right::Create).unwrap_or_else(|| refused(code.to_string())))
+            }
             None => Err(refused("the broker said nothing".to_owned())),
         }
     }
 }
 
-/// The first delivery that failed since the last look.
+/// The first delivery that failed since the last look, or a refused log-in.
 fn check(config: &KafkaSinkConfig, producer: &BaseProducer<Deliveries>) -> Result<()> {
-    let failed = producer.client().context().failed.lock().unwrap_or_else(PoisonError::into_inner).take();
-    match failed {
-        None => Ok(()),
-        Some(reason) => Err(Error::external(format!(
+    let Deliveries { context, failed } = &**producer.client().context();
+    let failed = failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let Some(error) = failed else { return context.log_in_refused().map_or(Ok(()), Err) };
+    let code = error.rdkafka_error_code();
+    let refusal = code.and_then(|code| context.access.refusal(code, &context.reason(), Right::Write));
+    Err(refusal.or_else(|| context.log_in_refused()).unwrap_or_else(|| {
+        let reason = code.map_or(error.to_string(), |code| code.to_string());
+        Error::external(format!(
             "a record could not be written to topic {} at {}: {reason}",
             config.topic, config.settings.bootstrap_servers
-        ))),
-    }
+        ))
+    }))
 }
 
 #[async_trait]

@@ -15,7 +15,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::batch::{BatchConsumer, Event, Record};
 use super::config::{KafkaSourceConfig, ScanStartup};
-use super::{Context, REACH_TIMEOUT, blocking, created, topic_partitions, unreachable};
+use super::{Access, Context, REACH_TIMEOUT, Right, blocking, created, topic_partitions, unreachable};
 use crate::connectors::formats::json_decode::JsonDecoder;
 use crate::connectors::formats::records::{Intent, Raw, Records};
 use crate::connectors::{PartitionInfo, SourceBatch, SourceConnector, SourceReader};
@@ -35,6 +35,8 @@ pub struct KafkaSource {
     group: Arc<str>,
     topic: Arc<str>,
     config: Arc<KafkaSourceConfig>,
+    /// Shared by all clients, so that what is said once is said once.
+    access: Access,
 }
 
 impl KafkaSource {
@@ -44,14 +46,16 @@ impl KafkaSource {
     /// A user error when a column's type cannot be decoded.
     pub fn new(name: &str, default_group: &str, config: KafkaSourceConfig) -> Result<Self> {
         JsonDecoder::new(Arc::clone(&config.columns))?;
-        let group = config.group_id.as_deref().unwrap_or(default_group).into();
-        Ok(Self { name: name.into(), group, topic: config.topic.as_str().into(), config: Arc::new(config) })
+        let group: Arc<str> = config.group_id.as_deref().unwrap_or(default_group).into();
+        let access = Access::new(&config.settings, &config.topic).with_group(Arc::clone(&group));
+        let topic = config.topic.as_str().into();
+        Ok(Self { name: name.into(), group, topic, config: Arc::new(config), access })
     }
 
     fn consumer(&self) -> Result<BatchConsumer> {
         let settings = &self.config.settings;
-        let client = self.config.client(&self.group);
-        created(settings, BatchConsumer::new(&client, Context::new(settings), &self.topic))
+        let client = self.config.client(&self.group)?;
+        created(settings, BatchConsumer::new(&client, Context::new(self.access.clone()), &self.topic))
     }
 
     fn list_partitions(&self) -> Result<Vec<PartitionInfo>> {
@@ -60,7 +64,7 @@ impl KafkaSource {
             // Only for the reasons that the context notes down.
             let _ = consumer.serve();
         };
-        let found = topic_partitions(consumer.client(), consumer.context(), &self.topic, drain)?;
+        let found = topic_partitions(consumer.client(), consumer.context(), &self.topic, Right::Read, drain)?;
         let Some(found) = found else { return Err(self.no_topic()) };
         found
             .into_iter()
@@ -86,10 +90,11 @@ impl KafkaSource {
         consumer
             .client()
             .fetch_watermarks(&self.topic, partition, REACH_TIMEOUT)
+            .inspect(|_| consumer.context().is_up())
             .map(|(low, high)| (low + base, high + base))
             .map_err(|error| {
                 let _ = consumer.serve();
-                unreachable(consumer.context(), &error)
+                unreachable(consumer.context(), &error, Right::Read)
                     .context(format!("offsets of topic {}, partition {partition}", self.topic))
             })
     }
@@ -99,7 +104,7 @@ impl KafkaSource {
         let consumer = self.consumer()?;
         let mut wanted = TopicPartitionList::new();
         let failed = |error: KafkaError| {
-            unreachable(consumer.context(), &error)
+            unreachable(consumer.context(), &error, Right::Read)
                 .context(format!("offsets by time of topic {}", self.topic))
         };
         for info in partitions {
@@ -257,6 +262,10 @@ impl KafkaReader {
     fn weigh(&self, trouble: Trouble) -> Result<()> {
         let Trouble { partition, code, text } = trouble;
         let topic = &self.source.topic;
+        let access = &self.consumer.context().access;
+        if let Some(refused) = access.refusal(code, &text, Right::Read) {
+            return Err(refused);
+        }
         match code {
             RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange => {
                 let next = self.intake.partitions.iter().find(|p| p.id == partition).map_or(0, |p| p.next);
@@ -269,11 +278,11 @@ impl KafkaReader {
                 "topic {topic}, partition {partition}: it is gone from the broker"
             ))
             .hint("Create the topic again and reset the pipeline.")),
-            RDKafkaErrorCode::TopicAuthorizationFailed
-            | RDKafkaErrorCode::ClusterAuthorizationFailed
-            | RDKafkaErrorCode::Authentication
-            | RDKafkaErrorCode::SaslAuthenticationFailed
-            | RDKafkaErrorCode::Fatal => {
+            RDKafkaErrorCode::GroupAuthorizationFailed => {
+                access.group_refused();
+                Ok(())
+            }
+            RDKafkaErrorCode::Fatal => {
                 Err(Error::external(format!("topic {topic} cannot be read any more: {text}")).because(code))
             }
             _ => {
@@ -330,6 +339,11 @@ impl SourceReader for KafkaReader {
     }
 
     fn acknowledge(&mut self, positions: &Positions) {
+        // A refusal may have come since the last poll; what else there is shows again in the next one.
+        let _ = self.consumer.serve();
+        if self.source.access.is_group_refused() {
+            return;
+        }
         let mut list = TopicPartitionList::new();
         for progress in &self.intake.partitions {
             if let Some(next) = positions.get(progress.place) {

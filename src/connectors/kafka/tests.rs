@@ -417,8 +417,20 @@ fn options_are_checked_without_a_broker() {
     assert!(refused(&[("scan_startup", "0:1, 0:2")]).contains("is not understood"));
     assert!(refused(&[("scan_startup", "partition:0;offset:2")]).contains("is not understood"));
     assert!(refused(&[("max_batch_rows", "0")]).contains("max_batch_rows = '0'"));
-    let plain = config("b:1", "t", &[("kafka.sasl.password", "hush")]);
+    let hint = "source s: kafka.sasl.password has no effect without a log-in";
+    assert_eq!(refused(&[("kafka.sasl.password", "hush")]), hint);
+    let ssl = ("kafka.ssl.ca.location", "/none");
+    assert_eq!(refused(&[ssl]), "source s: kafka.ssl.ca.location has no effect without TLS");
+    let protocol = ("kafka.security.protocol", "sasl_ssl");
+    let error = refused(&[protocol, ("kafka.sasl.username", "me")]);
+    assert_eq!(error, "source s: kafka.security.protocol asks for a log-in of no kind");
+    let mechanism = ("kafka.sasl.mechanism", "SCRAM-SHA-512");
+    let plain = config("b:1", "t", &[protocol, mechanism, ("kafka.sasl.password", "hush"), ssl]);
     assert!(!format!("{plain:?}").contains("hush"));
+    let error = plain.client("g").unwrap_err().to_string();
+    assert!(error.starts_with("kafka.ssl.ca.location = '/none' cannot be read: "), "{error}");
+    let system = config("b:1", "t", &[protocol, mechanism]).client("g").unwrap();
+    assert_eq!(system.get("ssl.ca.location"), Some("probe"));
     assert_eq!(plain.on_error, OnError::DeadLetter);
 }
 

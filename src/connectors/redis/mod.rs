@@ -19,8 +19,13 @@
 //! Numbers have a fixed width because the script compares them as text: Lua's numbers lose integers above 2^53.
 //! The generation is part of the flush number, so a new generation starts again at any number.
 //!
+//! # Rights
+//! A sink sends PING, SCRIPT LOAD, EVAL, EVALSHA and HGETALL, its scripts HGET, HSET, HDEL, PEXPIREAT, PERSIST and DEL, for
+//! keys of its prefix and the bookkeeping `millstream:{*}`; reading a sink back sends PING, SCAN and HMGET. What the user
+//! may not do is an error at the start, as far as the server tells (Redis 7), and ends the pipeline at run time.
+//!
 //! # Not yet
-//! Redis Cluster: the script touches keys of many slots, so they would have to be split by slot. TLS (`rediss://`).
+//! Redis Cluster: the script touches keys of many slots, so they would have to be split by slot.
 
 pub mod encode;
 #[cfg(test)]
@@ -30,6 +35,7 @@ mod script;
 mod store;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod wire;
 
 use std::fmt;
@@ -39,21 +45,30 @@ use arrow::datatypes::Schema;
 use redis::IntoConnectionInfo;
 
 use crate::error::{Error, Result};
-use crate::sql::options::{Options, nearest};
+use crate::sql::options::{Guarded, Options, nearest};
 
 pub use store::RedisStore;
+use wire::Address;
 
 /// Between the parts of a composite key.
 pub const KEY_SEPARATOR: u8 = b':';
 /// What the names of bookkeeping hashes begin with.
 pub(crate) const BOOK_PREFIX: &str = "millstream:{";
+/// As `tls_ca`: the certificates that the system trusts.
+const SYSTEM_CA: &str = "system";
 /// Columns of a row. The script puts them on Lua's stack, which ends at 8,000.
 pub const MAX_COLUMNS: usize = 1_000;
 
 /// Options of a Redis sink or table.
 #[derive(Clone)]
 pub struct RedisConfig {
+    /// `rediss://`: over TLS.
     pub url: String,
+    /// In the place of the url's.
+    pub user: Option<String>,
+    pub password: Option<Guarded>,
+    /// File (PEM) with the certificates to trust; `None`: those of the system.
+    pub tls_ca: Option<String>,
     /// Names of the key columns, in the order in which they make the key.
     pub key: Vec<String>,
     /// In front of every key.
@@ -66,6 +81,7 @@ impl fmt::Debug for RedisConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisConfig")
             .field("url", &self.shown_url())
+            .field("tls_ca", &self.tls_ca)
             .field("key", &self.key)
             .field("prefix", &self.prefix)
             .field("ttl", &self.ttl)
@@ -74,19 +90,18 @@ impl fmt::Debug for RedisConfig {
 }
 
 impl RedisConfig {
-    /// Takes `url`, `key`, `prefix` and `ttl`. The default prefix is the name of the options' owner
-    /// (`sink user_features` → `user_features:`).
+    /// Takes `url`, `user`, `password`, `tls_ca`, `key`, `prefix` and `ttl`. The default prefix is the name of the options'
+    /// owner (`sink user_features` → `user_features:`).
     ///
     /// # Errors
-    /// A user error for a missing `url` or `key`, a URL that is none, or a prefix that is reserved.
+    /// A user error for a missing `url` or `key`, a URL that is none, a password that is given twice, a `tls_ca` without
+    /// TLS, or a prefix that is reserved.
     pub fn from_options(options: &mut Options) -> Result<Self> {
-        let place = options.place("url");
-        let at = |error: Error| match place.clone() {
-            Some(place) => error.at(place),
-            None => error,
-        };
         let owner = options.owner().to_owned();
         let url = options.required("url")?;
+        let user = options.string("user")?;
+        let password = options.guarded("password")?;
+        let tls_ca = options.string("tls_ca")?.filter(|path| path != SYSTEM_CA);
         let key = options.required("key")?;
         let prefix = options.string("prefix")?;
         let ttl = options.duration("ttl")?;
@@ -101,9 +116,44 @@ impl RedisConfig {
             return Err(Error::user(format!("{owner}: the prefix {prefix} is reserved"))
                 .hint(format!("Choose a prefix that does not begin with {BOOK_PREFIX}.")));
         }
-        let config = Self { url, key, prefix, ttl };
-        config.address().map_err(|error| at(error.context(owner)))?;
+        let config = Self { url, user, password, tls_ca, key, prefix, ttl };
+        let at = |(key, error): (&str, Error)| match options.place(key) {
+            Some(place) => error.context(&owner).at(place),
+            None => error.context(&owner),
+        };
+        config.check_address().map_err(at)?;
         Ok(config)
+    }
+
+    /// What is wrong with url, password and TLS, and at which option.
+    fn check_address(&self) -> Result<(), (&'static str, Error)> {
+        let info = self.info().map_err(|error| ("url", error))?;
+        if redis::parse_redis_url(&self.url).is_some_and(|url| url.fragment().is_some()) {
+            let error = Error::user("the url ends with a # and an option");
+            let hint = "Leave it out: TLS trusts tls_ca or the system's certificates, never everybody.";
+            return Err(("url", error.hint(hint)));
+        }
+        if self.tls_ca.is_some() && !self.has_tls() {
+            let error = Error::user("tls_ca has no effect without TLS");
+            return Err(("tls_ca", error.hint("Write the url with rediss://, or leave tls_ca out.")));
+        }
+        if self.password.is_some() && info.redis_settings().password().is_some() {
+            let error = Error::user("the password is given twice, in the url and as an option");
+            return Err(("password", error.hint("Leave it out of the url.")));
+        }
+        Ok(())
+    }
+
+    fn has_tls(&self) -> bool {
+        ["rediss:", "valkeys:"].iter().any(|scheme| self.url.starts_with(scheme))
+    }
+
+    /// Finds what a secret password stands for; before the first connection.
+    ///
+    /// # Errors
+    /// A user error at the option's place.
+    pub fn resolve_secrets(&mut self, environment: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+        self.password.as_mut().map_or(Ok(()), |password| password.resolve(environment))
     }
 
     /// The time to live in µs, for the table of newest rows.
@@ -115,6 +165,11 @@ impl RedisConfig {
     pub fn shown_url(&self) -> String {
         let Some(mut url) = redis::parse_redis_url(&self.url) else { return "the given url".to_owned() };
         if url.password().is_some() && url.set_password(Some("***")).is_err() {
+            return "the given url".to_owned();
+        }
+        if let Some(user) = &self.user
+            && url.set_username(user).is_err()
+        {
             return "the given url".to_owned();
         }
         // A Unix socket's password is in the query.
@@ -141,14 +196,39 @@ impl RedisConfig {
         self.key.iter().map(find).collect()
     }
 
-    pub(crate) fn address(&self) -> Result<redis::ConnectionInfo> {
-        if self.url.starts_with("rediss:") || self.url.starts_with("valkeys:") {
-            return Err(Error::user(format!("{} needs TLS, which is not supported yet", self.shown_url()))
-                .hint("Use redis:// on a trusted network, or a local TLS proxy such as stunnel."));
-        }
-        self.url.as_str().into_connection_info().map_err(|_| {
+    /// Where to connect and how to log in; reads the certificates.
+    ///
+    /// # Errors
+    /// A user error when the certificates cannot be read; internal: the password was not resolved.
+    pub(crate) fn address(&self) -> Result<Address> {
+        let info = self.info()?;
+        let settings = info.redis_settings();
+        let password = match &self.password {
+            Some(password) => Some(password.reveal()?),
+            None => settings.password(),
+        };
+        let tls = match self.has_tls() {
+            true => Some(tls::connector(self.tls_ca.as_deref())?),
+            false => None,
+        };
+        Ok(Address {
+            user: self.user.as_deref().or(settings.username()).map(str::to_owned),
+            password: password.map(str::to_owned),
+            database: settings.db(),
+            addr: info.addr().clone(),
+            tls,
+        })
+    }
+
+    /// Where and as whom, as if there were no TLS: the driver is built without it.
+    fn info(&self) -> Result<redis::ConnectionInfo> {
+        let plain = match self.url.split_once("s:") {
+            Some((scheme @ ("redis" | "valkey"), rest)) => format!("{scheme}:{rest}"),
+            _ => self.url.clone(),
+        };
+        plain.as_str().into_connection_info().map_err(|_| {
             // The driver's message may quote the URL, password included.
-            Error::user("the url is not a Redis URL").hint("Write url = 'redis://user:password@host:6379/0'.")
+            Error::user("the url is not a Redis URL").hint("Write url = 'rediss://user@host:6379/0'.")
         })
     }
 }

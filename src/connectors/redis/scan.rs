@@ -102,7 +102,7 @@ impl Reader {
     async fn open(config: &RedisConfig, schema: &SchemaRef) -> Result<Self> {
         check_schema(schema)?;
         let key_columns = config.key_columns(schema)?;
-        let pool = Pool::new(config)?;
+        let pool = Pool::new(config, false)?;
         let lane = pool.lane().await.map_err(|error| pool.unreachable(error))?;
         let mut fields = Vec::new();
         schema.fields().iter().for_each(|field| bulk(&mut fields, field.name().as_bytes()));

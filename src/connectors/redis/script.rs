@@ -81,6 +81,21 @@ redis.call('HSET', KEYS[1], 'fence', ARGV[1])
 return ARGV[1]
 ";
 
+/// Names the first command of [`WRITE`] that the user may not run, '' for none. `KEYS`: bookkeeping hash, a key of the
+/// prefix; the server itself refuses a user who may not use them. Servers before Redis 7 cannot tell commands beforehand.
+pub(super) const PROBE: &str = r"
+local may, book, key = redis.acl_check_cmd, KEYS[1], KEYS[2]
+if not may then return '' end
+local used = {
+  {'HGET', book, 'f'}, {'HSET', book, 'f', 'v'}, {'HSET', key, 'f', 'v'}, {'HDEL', key, 'f'},
+  {'PEXPIREAT', key, '1'}, {'PERSIST', key}, {'DEL', key},
+}
+for _, command in ipairs(used) do
+  if not may(unpack(command)) then return command[1] end
+end
+return ''
+";
+
 static WRITE_SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(WRITE));
 
 /// SHA-1 of [`WRITE`], as `EVALSHA` wants it.

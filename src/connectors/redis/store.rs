@@ -2,7 +2,8 @@
 //!
 //! # Lost connections
 //! A call that failed on the network is sent again on a new connection, with growing pauses, about 1.5 s in all;
-//! then, and at once after a time-out, the flush is an error and the caller keeps its rows dirty. Sending a flush
+//! then, and at once after a time-out, the flush is an error and the caller keeps its rows dirty. A refused user is a
+//! lasting error at once. Sending a flush
 //! again is safe: what the server already has is recognised by its number. Whether a flush that failed was written
 //! is unknown, so the caller's next flush must have a higher number and contain at least the same keys.
 
@@ -16,8 +17,8 @@ use async_trait::async_trait;
 
 use super::encode::{Call, Encoder, Layout, bulk};
 use super::script::{self, KEYS_PER_CALL};
-use super::wire::{Reply, Wire, passes};
-use super::{BOOK_PREFIX, RedisConfig, check_schema};
+use super::wire::{Address, Reply, Wire, denied, passes};
+use super::{BOOK_PREFIX, RedisConfig, check_schema, tls};
 use crate::connectors::{Flushed, OnlineState, OnlineStore, OnlineWrite};
 use crate::error::{Error, Result};
 use crate::stream::Positions;
@@ -36,9 +37,13 @@ pub(super) struct Lane {
 
 /// Connections to one server.
 pub(super) struct Pool {
-    address: redis::ConnectionInfo,
+    address: Address,
     /// The URL without its password.
     shown: String,
+    /// What the keys begin with, for messages.
+    prefix: String,
+    /// The script is loaded on every connection; who only reads needs no right to it.
+    writes: bool,
     idle: Mutex<Vec<Lane>>,
 }
 
@@ -56,8 +61,11 @@ impl From<io::Error> for Failure {
 }
 
 impl Pool {
-    pub(super) fn new(config: &RedisConfig) -> Result<Self> {
-        Ok(Self { address: config.address()?, shown: config.shown_url(), idle: Mutex::default() })
+    /// # Errors
+    /// User: the certificates to trust cannot be read.
+    pub(super) fn new(config: &RedisConfig, writes: bool) -> Result<Self> {
+        let (address, shown, prefix) = (config.address()?, config.shown_url(), config.prefix.clone());
+        Ok(Self { address, shown, prefix, writes, idle: Mutex::default() })
     }
 
     /// A first connection, without further attempts.
@@ -69,6 +77,9 @@ impl Pool {
 
     async fn open(&self) -> io::Result<Lane> {
         let mut wire = Wire::connect(&self.address).await?;
+        if !self.writes {
+            return Ok(Lane { wire, encoder: Encoder::default(), buffer: Vec::new() });
+        }
         // Loaded once per connection; should the server forget it, the NOSCRIPT answer leads to a new connection.
         if let Reply::Error(error) = wire.ask(&["SCRIPT", "LOAD", script::WRITE]).await? {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, error));
@@ -100,10 +111,8 @@ impl Pool {
     pub(super) async fn ride_out(&self, attempt: usize, error: io::Error) -> Result<()> {
         // Its siblings are most likely dead too.
         self.idle().clear();
-        let hopeless = matches!(
-            error.kind(),
-            io::ErrorKind::TimedOut | io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidData
-        );
+        let kinds = [io::ErrorKind::TimedOut, io::ErrorKind::PermissionDenied, io::ErrorKind::InvalidData];
+        let hopeless = kinds.contains(&error.kind());
         match PAUSES_MS.get(attempt) {
             Some(pause) if !hopeless => {
                 tracing::debug!(url = %self.shown, attempt, %error, "redis connection lost, trying again");
@@ -115,12 +124,34 @@ impl Pool {
     }
 
     pub(super) fn unreachable(&self, error: io::Error) -> Error {
+        if let Some(fault) = tls::fault(&error) {
+            let hint = match tls::is_certificate(fault) {
+                true => {
+                    "Set tls_ca to the certificate (PEM) of the authority that signed the server's, and use the host \
+                         name that is in it."
+                }
+                false => "Check that the port speaks TLS, or write the url with redis://.",
+            };
+            let message = format!("no TLS connection to redis at {}: {fault}", self.shown);
+            return Error::external(message).hint(hint);
+        }
+        let text = error.to_string();
         let (what, hint) = match error.kind() {
+            io::ErrorKind::PermissionDenied if text.starts_with("NOPERM") => return self.refused(&text),
             io::ErrorKind::PermissionDenied => {
-                ("refused the log-in", "Check user, password and database in the url.")
+                let hint =
+                    "Check user, password and database: the options user and password, or those in the url.";
+                let message = format!("redis at {} refused the log-in: {text}", self.shown);
+                return Error::external(message).hint(hint).lasting();
             }
             io::ErrorKind::InvalidData => {
                 ("answers something else", "Check that the url is that of a Redis server.")
+            }
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset if self.address.tls.is_none() => {
+                ("does not answer", "If the server speaks TLS on this port, write the url with rediss://.")
+            }
+            io::ErrorKind::TimedOut if self.address.tls.is_some() => {
+                ("does not answer", "If the server speaks no TLS on this port, write the url with redis://.")
             }
             _ => ("does not answer", "Start the server, or set the option url to where it runs."),
         };
@@ -153,15 +184,48 @@ impl Pool {
     }
 
     pub(super) fn refused(&self, error: &str) -> Error {
+        if denied(error) {
+            return self.forbidden(error);
+        }
         let hint = match error {
             error if error.contains("WRONGTYPE") => {
                 "Another program keeps keys of another type under the same prefix: choose another prefix."
             }
             error if error.contains("OOM") => "Raise maxmemory of the server, or set a shorter ttl.",
-            error if error.contains("NOPERM") => "Grant the user the hash, key, scan and scripting commands.",
             _ => "See the server's log.",
         };
         Error::external(format!("redis at {} refused a command: {error}", self.shown)).hint(hint)
+    }
+
+    /// The user lacks a right.
+    fn forbidden(&self, what: &str) -> Error {
+        let rights = match self.writes {
+            true => "+ping +hget +hgetall +eval +evalsha +script|load +hset +hdel +del +persist +pexpireat",
+            false => "+ping +scan +hmget",
+        };
+        let books = if self.writes { format!(" ~{BOOK_PREFIX}*}}") } else { String::new() };
+        Error::external(format!("redis at {} refuses its user: {what}", self.shown))
+            .hint(format!(
+                "Grant the rights (ACL SETUSER … ~{}*{books} {rights}), or use another user.",
+                self.prefix
+            ))
+            .lasting()
+    }
+
+    /// Finds missing rights before the first row, as far as the server tells.
+    ///
+    /// # Errors
+    /// External and lasting: the user may not do what a flush does.
+    async fn probe(&self, book: &str) -> Result<()> {
+        let key = format!("{}millstream-probe", self.prefix);
+        let reply = self.ask(&["EVAL", script::PROBE, "2", book, &key]).await?;
+        match reply.text() {
+            Some("") => Ok(()),
+            Some(command) => {
+                Err(self.forbidden(&format!("no right to {command} on {}* and its bookkeeping", self.prefix)))
+            }
+            None => Err(self.odd()),
+        }
     }
 
     pub(super) fn odd(&self) -> Error {
@@ -180,8 +244,8 @@ impl RedisStore {
     /// Connects to the server. `schema`: that of the rows to be flushed.
     ///
     /// # Errors
-    /// User: a key column that the schema lacks, a column without a text form. External: no server there, or it
-    /// refuses the log-in.
+    /// User: a key column that the schema lacks, a column without a text form, certificates that cannot be read.
+    /// External: no server there, or it refuses the user.
     pub async fn connect(
         config: &RedisConfig,
         pipeline: &str,
@@ -200,8 +264,9 @@ impl RedisStore {
             field_count: schema.fields().len(),
             book: book.as_bytes().to_vec(),
         };
-        let pool = Pool::new(config)?;
+        let pool = Pool::new(config, true)?;
         pool.first().await?;
+        pool.probe(&book).await?;
         Ok(Self { pool, layout, book })
     }
 

@@ -38,7 +38,9 @@ fn options_are_checked_and_passwords_masked() {
         (vec![("key", "a")], "url"),
         (vec![("url", "redis://h")], "key"),
         (vec![("url", "http://me:secret@h"), ("key", "a")], "not a Redis URL"),
-        (vec![("url", "rediss://me:secret@h"), ("key", "a")], "TLS"),
+        (vec![("url", "rediss://me:secret@h#insecure"), ("key", "a")], "ends with a #"),
+        (vec![("url", "redis://me:secret@h"), ("key", "a"), ("tls_ca", "ca.pem")], "without TLS"),
+        (vec![("url", "redis://me:secret@h"), ("key", "a"), ("password", "secret")], "given twice"),
         (vec![("url", "redis://h"), ("key", "a,,b")], "no list of columns"),
         (vec![("url", "redis://h"), ("key", "a,a")], "no list of columns"),
         (vec![("url", "redis://h"), ("key", "a"), ("prefix", "millstream:{x")], "reserved"),
@@ -48,6 +50,15 @@ fn options_are_checked_and_passwords_masked() {
     }
     let error = config.key_columns(&schema()).unwrap_err();
     assert!(error.message().contains("key column a"), "{error}");
+    let entries =
+        [("url", "rediss://h:1"), ("user", "me"), ("password", "secret"), ("tls_ca", "/none"), ("key", "a")];
+    let config = with(&entries).unwrap();
+    assert_eq!(config.shown_url(), "rediss://me@h:1");
+    assert!(!format!("{config:?}").contains("secret"));
+    let Err(error) = config.address() else { panic!("a certificate file that is not there") };
+    assert_eq!(error.message(), "the certificates in tls_ca = '/none' cannot be read");
+    let system = with(&[("url", "redis://h"), ("key", "a"), ("tls_ca", "system")]).unwrap();
+    assert_eq!(system.tls_ca, None);
 }
 
 #[test]
@@ -169,6 +180,9 @@ impl Sink {
         let name = format!("t{}-{}-{number}", std::process::id(), Clock.unix_millis());
         let config = RedisConfig {
             url: server.url.clone(),
+            user: None,
+            password: None,
+            tls_ca: None,
             key: vec!["user_id".into()],
             // A prefix that a glob would misread.
             prefix: format!("[{name}]*:"),
@@ -201,7 +215,7 @@ impl Sink {
     }
 
     async fn ask(&self, words: &[&str]) -> Reply {
-        Pool::new(&self.config).unwrap().ask(words).await.unwrap()
+        Pool::new(&self.config, true).unwrap().ask(words).await.unwrap()
     }
 
     fn book(&self) -> String {

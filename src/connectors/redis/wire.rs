@@ -1,4 +1,4 @@
-//! One connection: RESP2 over TCP or a Unix socket.
+//! One connection: RESP2 over TCP, TLS or a Unix socket.
 //!
 //! Calls are encoded straight from Arrow into the bytes to send, and no task runs beside the caller, which is why
 //! this is not the driver's own connection. Every wait has a limit. After any error the connection must be dropped:
@@ -7,12 +7,13 @@
 use std::io;
 use std::time::Duration;
 
-use redis::{ConnectionAddr, ConnectionInfo};
+use redis::ConnectionAddr;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::encode::command;
+use super::tls::{self, TlsConnector};
 
 /// For name look-up, connection and log-in together.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -48,6 +49,16 @@ impl Reply {
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Stream for T {}
 
+/// Where to connect and as whom. Has no `Debug`, as the password is in it.
+pub(crate) struct Address {
+    pub(super) addr: ConnectionAddr,
+    pub(super) user: Option<String>,
+    pub(super) password: Option<String>,
+    pub(super) database: i64,
+    /// Of a `rediss://` address.
+    pub(super) tls: Option<TlsConnector>,
+}
+
 pub(super) struct Wire {
     stream: Box<dyn Stream>,
     received: Vec<u8>,
@@ -59,18 +70,17 @@ impl Wire {
     /// Connects and logs in.
     ///
     /// # Errors
-    /// `PermissionDenied` when the server refuses the user, password or database; `TimedOut`; any other kind from
-    /// the network.
-    pub(super) async fn connect(address: &ConnectionInfo) -> io::Result<Self> {
+    /// `PermissionDenied` when the server refuses the user, password or database; `TimedOut`; what [`tls::fault`] knows;
+    /// any other kind from the network.
+    pub(super) async fn connect(address: &Address) -> io::Result<Self> {
         within(CONNECT_TIMEOUT, "connecting", async {
-            let stream: Box<dyn Stream> = match address.addr() {
-                ConnectionAddr::Tcp(host, port) => {
-                    let stream = TcpStream::connect((host.as_str(), *port)).await?;
-                    stream.set_nodelay(true)?;
-                    Box::new(stream)
+            let stream: Box<dyn Stream> = match (&address.addr, &address.tls) {
+                (ConnectionAddr::Tcp(host, port), None) => Box::new(tcp(host, *port).await?),
+                (ConnectionAddr::Tcp(host, port), Some(connector)) => {
+                    Box::new(tls::connect(connector, host, tcp(host, *port).await?).await?)
                 }
                 #[cfg(unix)]
-                ConnectionAddr::Unix(path) => Box::new(tokio::net::UnixStream::connect(path).await?),
+                (ConnectionAddr::Unix(path), None) => Box::new(tokio::net::UnixStream::connect(path).await?),
                 _ => {
                     return Err(io::Error::new(
                         io::ErrorKind::Unsupported,
@@ -85,17 +95,16 @@ impl Wire {
         .await
     }
 
-    async fn log_in(&mut self, address: &ConnectionInfo) -> io::Result<()> {
-        let settings = address.redis_settings();
+    async fn log_in(&mut self, address: &Address) -> io::Result<()> {
         let mut commands: Vec<Vec<String>> = Vec::new();
-        if let Some(password) = settings.password() {
+        if let Some(password) = &address.password {
             let mut auth = vec!["AUTH".to_owned()];
-            auth.extend(settings.username().map(str::to_owned));
-            auth.push(password.to_owned());
+            auth.extend(address.user.clone());
+            auth.push(password.clone());
             commands.push(auth);
         }
-        if settings.db() != 0 {
-            commands.push(vec!["SELECT".to_owned(), settings.db().to_string()]);
+        if address.database != 0 {
+            commands.push(vec!["SELECT".to_owned(), address.database.to_string()]);
         }
         commands.push(vec!["PING".to_owned()]);
         for words in commands {
@@ -121,7 +130,12 @@ impl Wire {
     }
 
     pub(super) async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        within(RESPONSE_TIMEOUT, "sending", self.stream.write_all(bytes)).await
+        // TLS keeps what it could not hand to the network at once.
+        let all = async {
+            self.stream.write_all(bytes).await?;
+            self.stream.flush().await
+        };
+        within(RESPONSE_TIMEOUT, "sending", all).await
     }
 
     pub(super) async fn reply(&mut self) -> io::Result<Reply> {
@@ -150,6 +164,12 @@ impl Wire {
     }
 }
 
+async fn tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
 async fn within<T>(limit: Duration, doing: &str, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     match timeout(limit, work).await {
         Ok(result) => result,
@@ -158,6 +178,15 @@ async fn within<T>(limit: Duration, doing: &str, work: impl Future<Output = io::
             Err(io::Error::new(io::ErrorKind::TimedOut, text))
         }
     }
+}
+
+/// Whether a server error says that the user may not do this; it lasts until a person has acted.
+pub(super) fn denied(error: &str) -> bool {
+    let code = error.split(' ').next().unwrap_or_default();
+    // Within a script the code is that of any error.
+    matches!(code, "NOPERM" | "NOAUTH" | "WRONGPASS")
+        || error.contains("ACL failure")
+        || error.contains("can't run this command")
 }
 
 /// Whether a server error goes away without anyone's doing: trying again on a new connection makes sense.
