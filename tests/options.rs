@@ -36,7 +36,7 @@ fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
 fn asked_for(text: &str) -> Vec<String> {
     let code = text.split("mod tests {").next().unwrap_or_default();
     let calls =
-        ["string", "required", "secret", "parse", "duration", "choice", "with_prefix", "secrets_with_prefix"];
+        ["string", "required", "guarded", "parse", "duration", "choice", "with_prefix", "guarded_with_prefix"];
     let squeezed: String = code.chars().filter(|c| !c.is_whitespace()).collect();
     let mut names = Vec::new();
     for (at, _) in squeezed.match_indices("options.") {
