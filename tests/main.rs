@@ -15,6 +15,7 @@ mod faults;
 mod fixtures;
 mod groups;
 mod layout;
+mod lookups;
 mod online;
 mod options;
 mod pipeline;

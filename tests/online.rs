@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crate::case::{Case, Dice, services};
 
 /// A Redis of the test's own, which it may empty.
-struct OwnRedis {
+pub struct OwnRedis {
     process: Child,
     port: u16,
 }
@@ -22,8 +22,15 @@ impl Drop for OwnRedis {
 }
 
 impl OwnRedis {
-    fn start() -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    pub fn start() -> Self {
+        Self::start_at(TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port())
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn start_at(port: u16) -> Self {
         let words = ["--port", &port.to_string(), "--save", "", "--appendonly", "no"];
         let process = Command::new("redis-server").args(words).stdout(Stdio::null()).spawn().unwrap();
         let redis = Self { process, port };
@@ -32,7 +39,7 @@ impl OwnRedis {
     }
 
     /// The answer to an inline command, without its line end.
-    fn ask(&self, command: &str) -> String {
+    pub fn ask(&self, command: &str) -> String {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         stream.write_all(format!("{command}\r\n").as_bytes()).unwrap();
         let mut answer = [0; 256];
@@ -45,7 +52,7 @@ impl OwnRedis {
     }
 }
 
-fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     for _ in 0..300 {
         if done() {
             return;

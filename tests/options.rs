@@ -35,8 +35,16 @@ fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
 /// Names of options in calls such as `options.required("topic")`, prefixes as `kafka.*`.
 fn asked_for(text: &str) -> Vec<String> {
     let code = text.split("mod tests {").next().unwrap_or_default();
-    let calls =
-        ["string", "required", "guarded", "parse", "duration", "choice", "with_prefix", "guarded_with_prefix"];
+    let calls = [
+        "string",
+        "required",
+        "guarded",
+        "parse",
+        "duration",
+        "choice",
+        "with_prefix",
+        "guarded_with_prefix",
+    ];
     let squeezed: String = code.chars().filter(|c| !c.is_whitespace()).collect();
     let mut names = Vec::new();
     for (at, _) in squeezed.match_indices("options.") {

@@ -117,6 +117,15 @@ async fn register(
         return register_sink(session, sink, variables, state).await;
     }
     if let Some(table) = catalog.table(name) {
+        #[cfg(feature = "redis")]
+        if crate::plan::remote::is_remote(table) {
+            let mut remote = crate::plan::remote::RemoteTable::new(table)?;
+            remote.config.resolve_secrets(variables.environment)?;
+            let rows = crate::connectors::redis::scan::read_all(&remote.config, &remote.schema).await?;
+            let rows = MemTable::try_new(Arc::clone(&remote.schema), vec![rows])?;
+            session.register_table(quoted(name), Arc::new(rows))?;
+            return Ok(());
+        }
         crate::plan::tables::register(session, table).await?;
         return Ok(());
     }

@@ -194,24 +194,25 @@ const SOURCE_TIME: &[OptionDoc] = &[
     ),
 ];
 const SINK: &[OptionDoc] = &[CONNECTOR];
-const TABLE: &[OptionDoc] = &[
-    CONNECTOR,
-    option(
-        "location",
-        "path or URL",
-        REQUIRED,
-        "./lake/cities",
-        "A local path, file://… or s3://bucket/prefix.",
-    ),
-    option(
-        "refresh",
-        "duration",
-        "never",
-        "1 hour",
-        "How often a look-up join reads the table again; without it the table is read at start.",
-    ),
-];
+const TABLE: &[OptionDoc] = &[CONNECTOR];
+const FILE_TABLE: &[OptionDoc] = &[LOCATION, REFRESH];
+const LOCATION: OptionDoc = option(
+    "location",
+    "path or URL",
+    REQUIRED,
+    "./lake/cities",
+    "A local path, file://… or s3://bucket/prefix.",
+);
+const REFRESH: OptionDoc = option(
+    "refresh",
+    "duration",
+    "never",
+    "1 hour",
+    "How often a look-up join reads the table again; without it the table is read at start.",
+);
 const CSV_TABLE: &[OptionDoc] = &[
+    LOCATION,
+    REFRESH,
     option("header", "true or false", "true", "false", "Whether the first line of a file names the columns."),
     option("delimiter", "one character", "a comma", ";", "What stands between the fields."),
 ];
@@ -361,33 +362,51 @@ const KEY: OptionDoc = option(
 );
 const TTL: OptionDoc =
     option("ttl", "duration", "for ever", "30 days", "A row lives until its event time + ttl.");
-const REDIS_SINK: &[OptionDoc] = &[
-    EMISSION_ONLINE,
-    option(
-        "url",
-        "URL",
-        REQUIRED,
-        "redis://localhost:6379",
-        "redis://user:password@host:port/database; rediss:// with TLS.",
-    ),
-    option("user", "text", "of the URL", "features", "Who logs in."),
-    option(
-        "password",
-        "text or secret('env:…')",
-        "of the URL",
-        "hidden",
-        "Resolved at start and never printed.",
-    ),
-    option(
-        "tls_ca",
-        "path or 'system'",
-        "system",
-        "system",
-        "With rediss://: the certificates (PEM) that the server's is checked against.",
-    ),
+const URL: OptionDoc = option(
+    "url",
+    "URL",
+    REQUIRED,
+    "redis://localhost:6379",
+    "redis://user:password@host:port/database; rediss:// with TLS.",
+);
+const USER: OptionDoc = option("user", "text", "of the URL", "features", "Who logs in.");
+const PASSWORD: OptionDoc = option(
+    "password",
+    "text or secret('env:…')",
+    "of the URL",
+    "hidden",
+    "Resolved at start and never printed.",
+);
+const TLS_CA: OptionDoc = option(
+    "tls_ca",
+    "path or 'system'",
+    "system",
+    "system",
+    "With rediss://: the certificates (PEM) that the server's is checked against.",
+);
+const PREFIX: OptionDoc = option("prefix", "text", "<sink or table>:", "user:", "In front of every key.");
+const REDIS_SINK: &[OptionDoc] = &[EMISSION_ONLINE, URL, USER, PASSWORD, TLS_CA, KEY, PREFIX, TTL];
+const REDIS_TABLE: &[OptionDoc] = &[
+    URL,
+    USER,
+    PASSWORD,
+    TLS_CA,
     KEY,
-    option("prefix", "text", "<sink>:", "user:", "In front of every key."),
-    TTL,
+    PREFIX,
+    option(
+        "cache",
+        "duration",
+        "1 minute",
+        "10 seconds",
+        "How long an answer counts before Redis is asked again.",
+    ),
+    option(
+        "on_lookup_error",
+        "stale, null or dead_letter",
+        "stale",
+        "null",
+        "For rows whose key cannot be asked for: what was last seen of it, NULL, or kept aside.",
+    ),
 ];
 const MEMORY_SINK: &[OptionDoc] = &[EMISSION_ONLINE, KEY, TTL];
 const KAFKA_SINK: &[OptionDoc] = &[
@@ -427,12 +446,13 @@ const fn own(name: &'static str, meaning: &'static str) -> Connector {
 pub const CONNECTORS: &[Connector] = &[
     Connector {
         sink: Some(DELTA_SINK),
-        table: Some(&[]),
+        table: Some(FILE_TABLE),
         built: cfg!(feature = "delta"),
         ..own("delta", "A Delta table, written exactly once.")
     },
     Connector {
         sink: Some(REDIS_SINK),
+        table: Some(REDIS_TABLE),
         built: cfg!(feature = "redis"),
         ..own("redis", "The newest row per key, one hash each, for serving.")
     },
@@ -458,11 +478,11 @@ pub const CONNECTORS: &[Connector] = &[
         sink: Some(BLACKHOLE_SINK),
         ..own("blackhole", "Counts rows and forgets them, for measuring.")
     },
-    Connector { table: Some(&[]), ..own("parquet", "Parquet files.") },
+    Connector { table: Some(FILE_TABLE), ..own("parquet", "Parquet files.") },
     Connector { table: Some(CSV_TABLE), ..own("csv", "CSV files.") },
     Connector {
         sink: Some(NDJSON_SINK),
-        table: Some(&[]),
+        table: Some(FILE_TABLE),
         ..own("ndjson", "Files of one JSON object per line. The sink writes exactly once after a restart.")
     },
     Connector {

@@ -48,6 +48,12 @@ impl Lowering<'_> {
             let hint = "Join by columns that are equal: ON stream.key = table.key.";
             return Err(refuse("a JOIN without an equality cannot run", hint));
         }
+        #[cfg(feature = "redis")]
+        let remote = match super::remote::of_join(join, stream_first, self.tables)? {
+            Some(Err((what, hint))) => return Err(refuse(&what, &hint)),
+            Some(Ok(remote)) => Some(remote),
+            None => None,
+        };
         let (stream, table) =
             if stream_first { (&join.left, &join.right) } else { (&join.right, &join.left) };
         let input = self.step(stream, e, closes, view, at)?;
@@ -72,11 +78,18 @@ impl Lowering<'_> {
             filter,
             schema: nullable(plain_schema(join.schema.as_arrow()), stream_first, width),
         };
+        let name: Arc<str> = view.into();
+        #[cfg(feature = "redis")]
+        if let Some(remote) = remote {
+            let kind = NodeKind::Remote { spec: spec.clone(), table: Box::new(remote), view: name };
+            return Ok(self.lookup(&spec, kind, input, view));
+        }
         let table = BoundedTable::new(with_keys(table, table_keys)?, self.tables)?;
-        Ok(self.lookup(spec, table, input, view))
+        let kind = NodeKind::Lookup { spec: spec.clone(), table, view: name };
+        Ok(self.lookup(&spec, kind, input, view))
     }
 
-    fn lookup(&mut self, spec: LookupSpec, table: BoundedTable, input: Lowered, view: &str) -> Lowered {
+    fn lookup(&mut self, spec: &LookupSpec, kind: NodeKind, input: Lowered, view: &str) -> Lowered {
         let (width, total) = (spec.width, spec.schema.fields().len());
         let first = if spec.stream_first { 0 } else { total - width };
         let moved = |column: usize| (column < width).then_some(first + column);
@@ -94,7 +107,6 @@ impl Lowering<'_> {
             ..input.clone()
         };
         let schema = Arc::clone(&spec.schema);
-        let kind = NodeKind::Lookup { spec, table, view: view.into() };
         let node = self.chain(view, "lookup", kind, &input, schema);
         Lowered { node, ..lowered }
     }

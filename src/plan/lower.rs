@@ -416,6 +416,10 @@ fn same_kind(a: &NodeKind, b: &NodeKind) -> bool {
         (NodeKind::Lookup { spec: a, table: b, .. }, NodeKind::Lookup { spec: c, table: d, .. }) => {
             a.same(c) && b.plan == d.plan
         }
+        #[cfg(feature = "redis")]
+        (NodeKind::Remote { spec: a, table: b, .. }, NodeKind::Remote { spec: c, table: d, .. }) => {
+            a.same(c) && b.name == d.name && b.columns == d.columns && b.keys == d.keys
+        }
         (
             NodeKind::Unnest { columns: a, list: b, keep_empty: c, .. },
             NodeKind::Unnest { columns: d, list: e, keep_empty: f, .. },

@@ -11,6 +11,8 @@ mod group;
 mod join;
 pub mod lower;
 mod prepared;
+#[cfg(feature = "redis")]
+pub mod remote;
 mod retract;
 pub mod session;
 pub mod sinks;
@@ -80,6 +82,13 @@ pub enum NodeKind {
         table: BoundedTable,
         view: Arc<str>,
     },
+    /// Join with a table that stays where it is: a task of its own.
+    #[cfg(feature = "redis")]
+    Remote {
+        spec: LookupSpec,
+        table: Box<remote::RemoteTable>,
+        view: Arc<str>,
+    },
     /// One row per element of a list.
     Unnest {
         /// Input column of each output column; that of the list stands for its elements.
@@ -126,6 +135,8 @@ impl StreamPlan {
                 NodeKind::Source(SourcePlan { kind: SourceKind::Kafka(config), .. }) => {
                     config.settings.resolve_secrets(environment)?;
                 }
+                #[cfg(feature = "redis")]
+                NodeKind::Remote { table, .. } => table.config.resolve_secrets(environment)?,
                 NodeKind::Sink(sink) => sink.resolve_secrets(environment)?,
                 _ => {}
             }
@@ -175,6 +186,12 @@ impl StreamPlan {
             NodeKind::Over(spec) => format!("Over: {}", describe_over(spec)),
             NodeKind::Union => "Union".to_owned(),
             NodeKind::Lookup { spec, table, .. } => describe_lookup(spec, table, &columns()),
+            #[cfg(feature = "redis")]
+            NodeKind::Remote { spec, table, .. } => {
+                let join = if spec.outer { "left join" } else { "join" };
+                let (name, key) = (&table.name, table.config.key.join(", "));
+                format!("Lookup: {join} redis {name} by {key}, cached for {:?} (not replayable)", table.cache)
+            }
             NodeKind::Unnest { columns, list, .. } => {
                 let of = columns.iter().position(|column| column == list).unwrap_or_default();
                 format!("Unnest: {}", node.schema.field(of).name())

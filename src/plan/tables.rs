@@ -120,6 +120,13 @@ impl Settings {
 /// # Errors
 /// User: an option is wrong. External: its schema or its files cannot be read.
 pub async fn register(session: &SessionContext, table: &CreateTable) -> Result<()> {
+    #[cfg(feature = "redis")]
+    if super::remote::is_remote(table) {
+        let schema = super::remote::RemoteTable::new(table)?.schema;
+        let provider = super::session::SourceTable { name: table.name.clone(), schema };
+        session.register_table(quoted(&table.name), Arc::new(provider))?;
+        return Ok(());
+    }
     let settings = Settings::of(table)?;
     let Settings { connector, location, .. } = &settings;
     let name = quoted(&table.name);

@@ -9,10 +9,16 @@ use tokio::sync::watch;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::{DeltaConfig, DeltaWriter, Mode, upsert::Stager};
 use crate::connectors::ndjson::NdjsonSink;
+#[cfg(feature = "redis")]
+use crate::connectors::redis::scan::Lookup;
 use crate::error::{Error, Result};
 use crate::operators::group::{GroupSpec, Panes};
+#[cfg(feature = "redis")]
+use crate::operators::lookup::LookupSpec;
 use crate::operators::newest::Newest;
 use crate::operators::over::Over;
+#[cfg(feature = "redis")]
+use crate::plan::remote::RemoteTable;
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::RunOptions;
 use crate::runtime::chain::{Chain, Outlet};
@@ -21,6 +27,8 @@ use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::{KeyedTask, Saver};
 use crate::runtime::metrics::Metrics;
 use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
+#[cfg(feature = "redis")]
+use crate::runtime::remote::{Cache, RemoteTask, check_keys};
 use crate::runtime::report::{Command, Report};
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
@@ -87,6 +95,8 @@ pub async fn spawn(
         match &node.kind {
             NodeKind::Over(_) => graph.spawn_over(id).await?,
             NodeKind::Group(spec) => graph.spawn_group(id, spec).await?,
+            #[cfg(feature = "redis")]
+            NodeKind::Remote { spec, table, view } => graph.spawn_remote(id, spec, table, view)?,
             NodeKind::Sink(sink) => graph.spawn_sink(id, sink).await?,
             _ => continue,
         }
@@ -204,6 +214,37 @@ impl Graph<'_> {
             let inbox = Inbox::new(receivers, watermark);
             let reports = self.reports.clone();
             self.run(GroupTask { node, group, inbox, chain, reports, saver: self.saver(node, shard) }.run());
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "redis")]
+    fn spawn_remote(
+        &mut self,
+        node: NodeId,
+        spec: &LookupSpec,
+        table: &RemoteTable,
+        view: &Arc<str>,
+    ) -> Result<()> {
+        let Some(edge) = self.plan.nodes[node].inputs.first().cloned() else { return Ok(()) };
+        check_keys(spec, table, &self.plan.nodes[edge.from].schema)?;
+        let chains = self.chains(node);
+        let inboxes = self.inboxes.remove(&node).unwrap_or_default();
+        for (chain, receivers) in chains.into_iter().zip(inboxes) {
+            let task = RemoteTask {
+                node,
+                port: edge.port,
+                view: Arc::clone(view),
+                topics: self.world.source.topics(),
+                spec: spec.clone(),
+                client: Lookup::new(table.config.clone(), Arc::clone(&table.schema)),
+                cache: Cache::new(table.clone(), Clock)?,
+                inbox: Inbox::new(receivers, START_OF_TIME),
+                chain,
+                reports: self.reports.clone(),
+                dead: Vec::new(),
+            };
+            self.run(task.run());
         }
         Ok(())
     }

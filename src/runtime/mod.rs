@@ -14,6 +14,8 @@ mod letters;
 mod lookups;
 pub mod metrics;
 mod online;
+#[cfg(feature = "redis")]
+mod remote;
 pub mod report;
 mod sinks;
 mod source;

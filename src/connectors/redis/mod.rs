@@ -97,6 +97,15 @@ impl RedisConfig {
     /// A user error for a missing `url` or `key`, a URL that is none, a password that is given twice, a `tls_ca` without
     /// TLS, or a prefix that is reserved.
     pub fn from_options(options: &mut Options) -> Result<Self> {
+        let ttl = options.duration("ttl")?;
+        Ok(Self { ttl, ..Self::of_table(options)? })
+    }
+
+    /// The same for a table, whose rows live as long as somebody else says.
+    ///
+    /// # Errors
+    /// As [`RedisConfig::from_options`].
+    pub fn of_table(options: &mut Options) -> Result<Self> {
         let owner = options.owner().to_owned();
         let url = options.required("url")?;
         let user = options.string("user")?;
@@ -104,7 +113,6 @@ impl RedisConfig {
         let tls_ca = options.string("tls_ca")?.filter(|path| path != SYSTEM_CA);
         let key = options.required("key")?;
         let prefix = options.string("prefix")?;
-        let ttl = options.duration("ttl")?;
         let key: Vec<String> = key.split(',').map(|column| column.trim().to_owned()).collect();
         if key.iter().any(String::is_empty) || (1..key.len()).any(|i| key[..i].contains(&key[i])) {
             return Err(Error::user(format!("{owner}: key = '{}' is no list of columns", key.join(",")))
@@ -116,7 +124,7 @@ impl RedisConfig {
             return Err(Error::user(format!("{owner}: the prefix {prefix} is reserved"))
                 .hint(format!("Choose a prefix that does not begin with {BOOK_PREFIX}.")));
         }
-        let config = Self { url, user, password, tls_ca, key, prefix, ttl };
+        let config = Self { url, user, password, tls_ca, key, prefix, ttl: None };
         let at = |(key, error): (&str, Error)| match options.place(key) {
             Some(place) => error.context(&owner).at(place),
             None => error.context(&owner),

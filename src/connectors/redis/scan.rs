@@ -65,6 +65,37 @@ pub async fn read_all(config: &RedisConfig, schema: &SchemaRef) -> Result<Vec<Re
 /// As [`read_all`]; user: `keys` lacks a key column.
 pub async fn get(config: &RedisConfig, schema: &SchemaRef, keys: &RecordBatch) -> Result<Vec<RecordBatch>> {
     let mut reader = Reader::open(config, schema).await?;
+    reader.get(config, keys).await
+}
+
+/// Point look-ups over one connection, which is made anew after a failure.
+pub struct Lookup {
+    config: RedisConfig,
+    schema: SchemaRef,
+    reader: Option<Reader>,
+}
+
+impl Lookup {
+    pub fn new(config: RedisConfig, schema: SchemaRef) -> Self {
+        Self { config, schema, reader: None }
+    }
+
+    /// As [`get`].
+    ///
+    /// # Errors
+    /// As [`get`].
+    pub async fn get(&mut self, keys: &RecordBatch) -> Result<Vec<RecordBatch>> {
+        let mut reader = match self.reader.take() {
+            Some(reader) => reader,
+            None => Reader::open(&self.config, &self.schema).await?,
+        };
+        let answers = reader.get(&self.config, keys).await?;
+        self.reader = Some(reader);
+        Ok(answers)
+    }
+}
+
+async fn get_rows(reader: &mut Reader, config: &RedisConfig, keys: &RecordBatch) -> Result<Vec<RecordBatch>> {
     let mut parts = Vec::new();
     for column in config.key_columns(keys.schema_ref())? {
         let mut text = TextColumn::default();
@@ -99,6 +130,10 @@ struct Reader {
 }
 
 impl Reader {
+    async fn get(&mut self, config: &RedisConfig, keys: &RecordBatch) -> Result<Vec<RecordBatch>> {
+        get_rows(self, config, keys).await
+    }
+
     async fn open(config: &RedisConfig, schema: &SchemaRef) -> Result<Self> {
         check_schema(schema)?;
         let key_columns = config.key_columns(schema)?;

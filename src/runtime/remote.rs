@@ -1,0 +1,261 @@
+//! The task of one shard of a look-up in Redis: keys of a batch asked for in one go, answers cached.
+//!
+//! A row is joined with what Redis, or the cache, says when the row comes. While Redis does not answer, `on_lookup_error`
+//! decides on the rows whose key would have to be asked for; Redis is tried again every second, and rows go on meanwhile.
+//! Look-ups depend on time: a replay may see another answer.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrow::array::{Array, ArrayRef, RecordBatch, UInt32Array};
+use arrow::compute::interleave_record_batch;
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use tokio::sync::mpsc::Sender;
+
+use crate::connectors::redis::scan::Lookup;
+use crate::error::{Error, Result};
+use crate::operators::lookup::{LookupSpec, LookupTable, lookup};
+use crate::operators::stateless::Failed;
+use crate::plan::NodeId;
+use crate::plan::remote::{OnLookupError, RemoteTable};
+use crate::runtime::chain::{Chain, Outgoing};
+use crate::runtime::inbox::{Event, Inbox};
+use crate::runtime::letters;
+use crate::runtime::report::{Report, StatePart};
+use crate::runtime::sinks::coordinator_gone;
+use crate::state::keys::{KeyIndex, hash_keys};
+use crate::stream::clock::Clock;
+use crate::stream::{ChangeBatch, DeadLetter, Message, Port, Stage};
+
+/// Keys and answers that the cache holds at most; then it begins anew.
+const KEYS: usize = 200_000;
+const ANSWERS: usize = 512;
+/// Between two attempts while Redis is down.
+const RETRY: Duration = Duration::from_secs(1);
+
+pub struct RemoteTask {
+    pub node: NodeId,
+    /// Of the rows that come and go.
+    pub port: Port,
+    pub view: Arc<str>,
+    pub topics: Vec<Arc<str>>,
+    pub spec: LookupSpec,
+    pub client: Lookup,
+    pub cache: Cache,
+    pub inbox: Inbox,
+    pub chain: Chain,
+    pub reports: Sender<Report>,
+    pub dead: Vec<DeadLetter>,
+}
+
+/// What Redis said, by key.
+pub struct Cache {
+    table: RemoteTable,
+    /// The columns that go on, then the keys.
+    picked: Vec<usize>,
+    schema: SchemaRef,
+    index: KeyIndex,
+    entries: Vec<Entry>,
+    answers: Vec<RecordBatch>,
+    clock: Clock,
+    retry_at: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Entry {
+    asked: Option<Instant>,
+    /// Which answer, and which row of it.
+    found: Option<(usize, usize)>,
+}
+
+/// What is known of the keys of a batch.
+struct Known {
+    table: LookupTable,
+    /// Rows whose key could not be asked for, to be kept aside.
+    refused: Vec<usize>,
+    why: String,
+}
+
+impl Cache {
+    /// # Errors
+    /// User: a key of a type that cannot be hashed.
+    pub fn new(table: RemoteTable, clock: Clock) -> Result<Self> {
+        let types: Vec<DataType> =
+            table.keys.iter().map(|key| table.schema.field(*key).data_type().clone()).collect();
+        let picked: Vec<usize> = table.columns.iter().chain(&table.keys).copied().collect();
+        let field = |(at, column): (usize, &usize)| {
+            Field::new(format!("{at}"), table.schema.field(*column).data_type().clone(), true)
+        };
+        let schema = Arc::new(Schema::new(picked.iter().enumerate().map(field).collect::<Vec<_>>()));
+        let index = KeyIndex::new(&types)?;
+        Ok(Self {
+            table,
+            picked,
+            schema,
+            index,
+            entries: Vec::new(),
+            answers: Vec::new(),
+            clock,
+            retry_at: None,
+        })
+    }
+
+    async fn known(&mut self, client: &mut Lookup, keys: &[ArrayRef], rows: usize) -> Result<Known> {
+        let (mut hashes, mut slots) = (Vec::new(), Vec::new());
+        hash_keys(keys, rows, &mut hashes)?;
+        self.index.intern(keys, &hashes, &mut slots)?;
+        self.entries.resize(self.index.len(), Entry::default());
+        let there = |row: usize| keys.iter().all(|key| key.is_valid(row));
+        let now = self.clock.instant();
+        let mut distinct: Vec<u32> = (0..rows).filter(|row| there(*row)).map(|row| slots[row]).collect();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let old = |slot: &u32| {
+            let asked = self.entries[*slot as usize].asked;
+            asked.is_none_or(|asked| now.saturating_duration_since(asked) > self.table.cache)
+        };
+        let wanted: Vec<u32> = distinct.iter().copied().filter(old).collect();
+        let failed = match wanted.is_empty() {
+            true => None,
+            false => self.ask(client, &wanted, now).await?,
+        };
+        let mut refused = Vec::new();
+        if failed.is_some() {
+            let missing = |slot: &u32| wanted.binary_search(slot).is_ok();
+            match self.table.on_error {
+                OnLookupError::Stale => {}
+                OnLookupError::Null => distinct.retain(|slot| !missing(slot)),
+                OnLookupError::DeadLetter => {
+                    refused = (0..rows).filter(|row| there(*row) && missing(&slots[*row])).collect();
+                }
+            }
+        }
+        let found: Vec<(usize, usize)> =
+            distinct.iter().filter_map(|slot| self.entries[*slot as usize].found).collect();
+        let rows = match found.is_empty() {
+            true => RecordBatch::new_empty(Arc::clone(&self.schema)),
+            false => interleave_record_batch(&self.answers.iter().collect::<Vec<_>>(), &found)?,
+        };
+        let table = LookupTable::new(&self.schema, &[rows], self.table.keys.len())?;
+        if failed.is_none() && (self.index.len() > KEYS || self.answers.len() > ANSWERS) {
+            *self = Self::new(self.table.clone(), self.clock)?;
+        }
+        Ok(Known { table, refused, why: failed.unwrap_or_default() })
+    }
+
+    /// Asks for keys; returns why that was not possible.
+    async fn ask(&mut self, client: &mut Lookup, wanted: &[u32], now: Instant) -> Result<Option<String>> {
+        if self.retry_at.is_some_and(|at| now < at) {
+            return Ok(Some("Redis does not answer".to_owned()));
+        }
+        let columns = self.index.keys(wanted)?;
+        let named = self.table.keys.iter().map(|key| Arc::clone(&self.table.schema.fields()[*key]));
+        let keys = RecordBatch::try_new(Arc::new(Schema::new(named.collect::<Vec<_>>())), columns)?;
+        let answers = match client.get(&keys).await {
+            Ok(answers) => answers,
+            Err(error) if error.is_lasting() => return Err(error),
+            Err(error) => {
+                if self.retry_at.replace(now + RETRY).is_none() {
+                    tracing::warn!(table = self.table.name, %error, "look-ups go on without Redis");
+                }
+                return Ok(Some(error.to_string()));
+            }
+        };
+        self.retry_at = None;
+        wanted.iter().for_each(|slot| self.entries[*slot as usize] = Entry { asked: Some(now), found: None });
+        for answer in answers {
+            let columns: Vec<ArrayRef> =
+                self.picked.iter().map(|column| Arc::clone(answer.column(*column))).collect();
+            let keys = columns[self.table.columns.len()..].to_vec();
+            let (mut hashes, mut slots) = (Vec::new(), Vec::new());
+            hash_keys(&keys, answer.num_rows(), &mut hashes)?;
+            self.index.intern(&keys, &hashes, &mut slots)?;
+            self.entries.resize(self.index.len(), Entry::default());
+            let number = self.answers.len();
+            for (row, slot) in slots.iter().enumerate() {
+                self.entries[*slot as usize].found = Some((number, row));
+            }
+            self.answers.push(RecordBatch::try_new(Arc::clone(&self.schema), columns)?);
+        }
+        Ok(None)
+    }
+}
+
+impl RemoteTask {
+    /// Runs until the last barrier.
+    ///
+    /// # Errors
+    /// External: Redis refuses for good. Internal: a task is gone.
+    pub async fn run(mut self) -> Result<()> {
+        let mut out = Outgoing::new();
+        loop {
+            match self.inbox.next().await? {
+                Event::Changes { batch, reached } => {
+                    let joined = self.join(batch).await?;
+                    self.chain.run(self.node, self.port, &joined, &reached, &mut out)?;
+                }
+                Event::Watermark { time, reached } => {
+                    self.chain.broadcast(&Message::Watermark { time, reached }, &mut out);
+                }
+                Event::Barrier(barrier) => {
+                    let mut dead = std::mem::take(&mut self.dead);
+                    dead.append(&mut self.chain.dead);
+                    let part = StatePart { dead, ..StatePart::default() };
+                    let report = Report::State { node: self.node, epoch: barrier.epoch, part };
+                    self.reports.send(report).await.map_err(coordinator_gone)?;
+                    self.chain.broadcast(&Message::Barrier(barrier), &mut out);
+                    self.chain.flush(&mut out).await?;
+                    if barrier.last {
+                        return Ok(());
+                    }
+                }
+                Event::End => return Ok(()),
+            }
+            self.chain.flush(&mut out).await?;
+        }
+    }
+
+    async fn join(&mut self, mut batch: ChangeBatch) -> Result<ChangeBatch> {
+        let keys: Vec<ArrayRef> =
+            self.spec.keys.iter().map(|key| Arc::clone(batch.rows.column(*key))).collect();
+        let known = self.cache.known(&mut self.client, &keys, batch.num_rows()).await?;
+        for row in &known.refused {
+            let error = format!("the look-up failed: {}", known.why);
+            let letter =
+                letters::of_row(Stage::Lookup, &self.view, "lookup", &self.topics, &batch, *row, error);
+            self.dead.push(letter);
+        }
+        if !known.refused.is_empty() {
+            let kept = (0..batch.num_rows()).filter(|row| known.refused.binary_search(row).is_err());
+            batch = batch.take(&kept.map(|row| row as u32).collect::<UInt32Array>())?;
+        }
+        let mut failed = Failed::new();
+        let joined = lookup(&self.spec, &known.table, &batch, self.port == Port::Latest, &mut failed)?;
+        for (row, reason) in failed {
+            let letter = letters::of_row(
+                Stage::Expression,
+                &self.view,
+                "expression",
+                &self.topics,
+                &batch,
+                row,
+                reason,
+            );
+            self.dead.push(letter);
+        }
+        Ok(joined)
+    }
+}
+
+/// A key of the stream must be of the table's type.
+///
+/// # Errors
+/// Internal: the plan let another one pass.
+pub fn check_keys(spec: &LookupSpec, table: &RemoteTable, input: &Schema) -> Result<()> {
+    let types =
+        |at: usize| (input.field(spec.keys[at]).data_type(), table.schema.field(table.keys[at]).data_type());
+    match (0..table.keys.len()).map(types).find(|(a, b)| a != b) {
+        None => Ok(()),
+        Some((a, b)) => Err(Error::internal(format!("a key of type {a} for a table with {b}"))),
+    }
+}
