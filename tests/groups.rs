@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::{Command, Stdio};
 
-use crate::case::{Case, Dice, services};
+use crate::case::{Case, Dice, Services, services};
 
 /// The user's own case, and HAVING over the same groups.
 const VIEWS: &str = "
@@ -36,7 +36,11 @@ WITH (connector = 'redis', url = '${REDIS_URL}', key = 'user_id', prefix = 'TOPI
 ";
 
 async fn case(name: &str) -> Option<Case> {
-    let case = Case::new(services(name)?, name, None).await;
+    case_in(services(name)?, name, None).await
+}
+
+async fn case_in(services: Services, name: &str, lake: Option<String>) -> Option<Case> {
+    let case = Case::new(services, name, lake).await;
     let path = case.path("transactions.sql");
     let sql = fs::read_to_string(&path).unwrap();
     let source_and_backup = sql.split("CREATE VIEW").next().unwrap();
@@ -85,6 +89,20 @@ async fn totals_per_user_are_the_batch_answer() {
     for parallelism in ["2", "1", "3"] {
         case.produce(4_000).await;
         let out = case.run(&["--until-end", "--parallelism", parallelism, "--checkpoint", "200ms"]);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        check(&case);
+    }
+}
+
+/// Lake and state on S3: MERGE and its conditional commits too.
+#[tokio::test(flavor = "multi_thread")]
+async fn totals_per_user_on_s3() {
+    let Some(services) = services("totals_per_user_on_s3") else { return };
+    let bucket = std::env::var("MILLSTREAM_TEST_S3_BUCKET").unwrap_or_else(|_| "millstream-test".to_owned());
+    let Some(mut case) = case_in(services, "totals_s3", Some(format!("s3://{bucket}"))).await else { return };
+    for parallelism in ["2", "1"] {
+        case.produce(3_000).await;
+        let out = case.run(&["--until-end", "--parallelism", parallelism, "--checkpoint", "500ms"]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         check(&case);
     }

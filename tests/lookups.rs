@@ -22,9 +22,11 @@ async fn case(name: &str, on_error: &str) -> Option<(Case, OwnRedis)> {
         .replace("format            = 'json',", "format            = 'json'");
     let scores = format!(
         "CREATE TABLE scores (user_id BIGINT, score DOUBLE, since TIMESTAMP) WITH (connector = 'redis',
-             url = 'redis://127.0.0.1:{}', key = 'user_id', prefix = 'score:', cache = '200ms', on_lookup_error = '{on_error}');
+             url = 'redis://127.0.0.1:{0}', key = 'user_id', prefix = 'score:', cache = '200ms', on_lookup_error = '{on_error}');
          CREATE SINK scored AS SELECT t.user_id, t.amount AS phase, s.score FROM transactions t
-         LEFT JOIN scores s ON t.user_id = s.user_id WITH (connector = 'delta', location = '${{LAKE}}/scored');",
+         LEFT JOIN scores s ON t.user_id = s.user_id WITH (connector = 'delta', location = '${{LAKE}}/scored');
+         CREATE SINK served AS SELECT user_id, event_time, amount AS phase FROM transactions
+         WITH (connector = 'redis', url = 'redis://127.0.0.1:{0}', key = 'user_id', prefix = 'served:');",
         redis.port()
     );
     fs::write(path, format!("{source}{scores}")).unwrap();
@@ -57,6 +59,11 @@ async fn phase(case: &Case, number: u64) {
     .await;
 }
 
+/// The newest value that is served of a user, without the length in front.
+fn value(redis: &OwnRedis, user: u64) -> String {
+    redis.ask(&format!("HGET served:{user} phase")).lines().last().unwrap_or_default().to_owned()
+}
+
 /// Rows and scores of a phase.
 fn found(case: &Case, number: u64) -> (u64, u64) {
     let sql = format!("SELECT count(*) AS n, count(score) AS s FROM scored WHERE phase = {number}");
@@ -87,7 +94,9 @@ async fn outage(name: &str, on_error: &str) -> Option<((u64, u64), String)> {
     if kept > 0 {
         wait_for("the second phase", || found(&case, 2).0 == kept);
     }
-    tokio::time::sleep(std::time::Duration::from_millis(1_500)).await;
+    // `MILLSTREAM_OUTAGE=20` for the full length by hand.
+    let seconds = std::env::var("MILLSTREAM_OUTAGE").ok().and_then(|n| n.parse().ok()).unwrap_or(1.5);
+    tokio::time::sleep(std::time::Duration::from_secs_f64(seconds)).await;
     let second = found(&case, 2);
     let redis = OwnRedis::start_at(port);
     fill(&redis);
@@ -95,6 +104,8 @@ async fn outage(name: &str, on_error: &str) -> Option<((u64, u64), String)> {
     phase(&case, 3).await;
     wait_for("the third phase", || found(&case, 3).0 == USERS);
     assert_eq!(found(&case, 3), (USERS, USERS / 2), "Redis is asked again");
+    // It came back empty: every newest value is written again, those of the outage too.
+    wait_for("the newest values", || (0..USERS).all(|user| value(&redis, user) == "3.0"));
     std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(child.wait().unwrap().success());
     Some((second, fs::read_to_string(log).unwrap()))

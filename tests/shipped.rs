@@ -42,16 +42,36 @@ impl Shipped {
         self.folder.path().join(name).to_string_lossy().into_owned()
     }
 
+    /// A folder of the test, or one of the S3 server.
+    fn location(&self, name: &str) -> String {
+        match name.starts_with("s3") {
+            true => {
+                format!("s3://{}/{}/{name}", std::env::var("MILLSTREAM_TEST_S3_BUCKET").unwrap(), self.topic)
+            }
+            false => self.path(name),
+        }
+    }
+
+    /// A command that finds the S3 server.
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        if let Some(s3) = &self.services.s3 {
+            command.env("AWS_ENDPOINT_URL", s3);
+        }
+        command
+    }
+
     /// Runs a command of millstream over the pipeline, with its lake in `lake`.
     fn millstream(&self, lake: &str, arguments: &[&str]) -> Output {
         let (command, rest) = arguments.split_first().unwrap();
-        let out = Command::new(env!("CARGO_BIN_EXE_millstream"))
+        let out = self
+            .command(env!("CARGO_BIN_EXE_millstream"))
             .arg(command)
             .arg(&self.file)
             .args(rest)
             .env("KAFKA_BROKERS", &self.services.kafka)
             .env("REDIS_URL", &self.services.redis)
-            .env("LAKE", self.path(lake))
+            .env("LAKE", self.location(lake))
             .env("EXPORT", self.path("export/*.json"))
             .output()
             .unwrap();
@@ -60,7 +80,7 @@ impl Shipped {
     }
 
     fn run(&self, lake: &str, more: &[&str]) -> String {
-        let state = self.path(&format!("{lake}-state"));
+        let state = self.location(&format!("{lake}-state"));
         let name = format!("{}-{lake}", self.topic);
         let mut arguments = vec!["run"];
         arguments.extend(more);
@@ -80,8 +100,8 @@ impl Shipped {
     /// DuckDB's word that two queries have the same answer of at least `least` rows.
     fn same(&self, lake: &str, tables: &str, first: &str, second: &str, least: u64) {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/duck.py");
-        let mut command = Command::new(&self.services.python);
-        let out = command.arg(script).args([&self.path(lake), tables, first, second]).output().unwrap();
+        let mut command = self.command(&self.services.python);
+        let out = command.arg(script).args([&self.location(lake), tables, first, second]).output().unwrap();
         let said =
             format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
         let rows: u64 = said.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
@@ -149,7 +169,12 @@ async fn clicks_from_a_topic_and_from_files_are_the_same_features() {
     assert!(served.len() == expected.len() && odd.is_none(), "{} {} {odd:?}", served.len(), expected.len());
     case.run("file-lake", &[&files.to_string_lossy(), "--parallelism", "2"]);
     let tables = "backup=clicks_backup,training=click_features";
-    for lake in ["topic-lake", "file-lake"] {
+    let mut lakes = vec!["topic-lake", "file-lake"];
+    if case.services.s3.is_some() {
+        case.run("s3-lake", &["--parallelism", "2"]);
+        lakes.push("s3-lake");
+    }
+    for lake in lakes {
         case.same(lake, tables, CLICK_FEATURES, CLICKS, 19_000);
     }
     fs::rename(case.path("file-lake/click_features"), case.path("topic-lake/from_files")).unwrap();
@@ -224,4 +249,8 @@ async fn events_are_distinct_and_checked() {
     let lines: Vec<&str> = records.iter().map(|(_, record)| record.as_str()).collect();
     fs::write(case.path("sent.ndjson"), lines.join("\n")).unwrap();
     case.same("lake", "events=events", &format!("{first} FROM events"), &sent, 9_000);
+    if case.services.s3.is_some() {
+        case.run("s3-lake", &["--parallelism", "2"]);
+        case.same("s3-lake", "events=events", &format!("{first} FROM events"), &sent, 9_000);
+    }
 }
