@@ -148,11 +148,13 @@ def freshness(rate, seconds):
         finished(process, folder, "run")
         lines = (folder / "run.log").read_text().splitlines()
         # One line per second; the first ones hold the start of the producer, the last one the sum.
-        shown = [line for line in lines if "fresh:" in line][3:-1]
+        fresh = [line for line in lines if "fresh:" in line]
+        shown = fresh[3:-1]
         number = lambda line, name: float(re.search(rf"{name} ([0-9.]+) ms", line).group(1))
         for name in ("p50", "p99", "max"):
             values = sorted(number(line, name) for line in shown)
             print(f"  {name}: median second {median(values):.1f} ms, worst second {values[-1]:.1f} ms ({len(values)} seconds)")
+        print(f"  all rows, the start of the producer too: {fresh[-1].split('store ')[-1].split('  max')[0]}")
 
 
 def main():

@@ -62,6 +62,17 @@ impl Dice {
     }
 }
 
+/// Compares two queries (`tests/duck.py`).
+pub const DUCK: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/duck.py");
+
+/// Runs [`DUCK`]: no row differs, and there are at least `least`.
+pub fn duck_agrees(command: &mut Command, least: u64) {
+    let out = command.output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    let rows: u64 = said.split(' ').next().and_then(|n| n.parse().ok()).unwrap_or(0);
+    assert!(said.contains(" rows, 0 differ") && rows >= least, "{said}\n{command:?}");
+}
+
 pub async fn create_topic(kafka: &str, topic: &str, partitions: i32) {
     let admin: AdminClient<DefaultClientContext> =
         ClientConfig::new().set("bootstrap.servers", kafka).create().unwrap();
@@ -225,6 +236,15 @@ impl Case {
         list.add_partition_range(&self.topic, 0, 3);
         let committed = consumer.committed_offsets(list, Duration::from_secs(10)).unwrap();
         committed.elements().iter().filter_map(|element| element.offset().to_raw()).sum()
+    }
+
+    /// DuckDB's word that two queries over tables of the lake have the same answer of at least `least` rows.
+    pub fn same(&self, tables: &str, first: &str, second: &str, least: u64) {
+        let mut command = Command::new(&self.services.python);
+        if let Some(s3) = &self.services.s3 {
+            command.env("AWS_ENDPOINT_URL", s3);
+        }
+        duck_agrees(command.args([DUCK, &self.lake, tables, first, second]), least);
     }
 
     /// DuckDB's answer.

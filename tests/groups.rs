@@ -106,6 +106,11 @@ async fn totals_per_user_on_s3() {
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         check(&case);
     }
+    let found = "SELECT user_id, total_transactions_count AS n, round(amount, 2) AS amount, last_at FROM now";
+    let expected =
+        "SELECT user_id, count(*) AS n, round(sum(amount), 2) AS amount, max(event_time) AS last_at
+                    FROM backup GROUP BY user_id";
+    case.same("backup=transactions_backup,now=totals_now", found, expected, 1_000);
 }
 
 /// Both sides of each transaction, as one view: rows of UNION ALL, a window and a GROUP BY over it.
