@@ -7,6 +7,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use async_trait::async_trait;
+
+use super::AppendSink;
+use crate::error::Result;
 use crate::stream::ChangeBatch;
 
 /// Rows of one sink; clones share them.
@@ -45,6 +49,32 @@ impl Collector {
     /// Everything collected so far.
     pub fn rows(&self) -> Vec<ChangeBatch> {
         self.lock().epochs.iter().map(|(_, batch)| batch.clone()).collect()
+    }
+}
+
+/// What one shard of a run brings.
+pub struct CollectSink {
+    collector: Collector,
+    generation: u64,
+    rows: Vec<ChangeBatch>,
+}
+
+impl CollectSink {
+    pub fn new(collector: Collector, generation: u64) -> Self {
+        Self { collector, generation, rows: Vec::new() }
+    }
+}
+
+#[async_trait]
+impl AppendSink for CollectSink {
+    async fn write(&mut self, batch: &ChangeBatch) -> Result<()> {
+        self.rows.push(batch.clone());
+        Ok(())
+    }
+
+    async fn flush(&mut self, epoch: u64) -> Result<()> {
+        self.collector.commit(self.generation, epoch, std::mem::take(&mut self.rows));
+        Ok(())
     }
 }
 

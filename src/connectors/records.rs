@@ -11,15 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use arrow::array::builder::{BinaryBuilder, Int64Builder};
-use arrow::array::{Int32Array, Int64Array};
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 
-use super::formats::json_decode::JsonDecoder;
+use super::formats::OnError;
+use super::formats::records::{Intent, Raw, Records};
 use super::{PartitionInfo, SourceBatch, SourceConnector, SourceReader};
 use crate::error::Result;
-use crate::stream::{DeadLetter, Place, Positions, Stage};
+use crate::stream::{Place, Positions};
 
 /// Most records of one poll, by chance: mostly single records and small batches.
 const CUTS: [u64; 4] = [1, 2, 7, 1_000];
@@ -111,8 +110,15 @@ impl SourceConnector for RecordTopic {
 
     async fn reader(&self, assigned: Positions) -> Result<Box<dyn SourceReader>> {
         let first = assigned.iter().next().map_or(0, |(place, _)| place.0.unsigned_abs());
+        let intent = Intent {
+            name: Arc::clone(&self.source),
+            topic: Arc::clone(&self.topic),
+            on_error: OnError::DeadLetter,
+            keep_key: true,
+            keep_payload: true,
+        };
         Ok(Box::new(RecordReader {
-            decoder: JsonDecoder::new(Arc::clone(&self.columns))?,
+            records: Records::new(Arc::clone(&self.columns), intent)?,
             dice: self.seed.map(|seed| Dice::new(seed.wrapping_add(first.wrapping_mul(0x5DEE_CE66)))),
             next: assigned.iter().map(|(place, at)| (place, usize::try_from(at).unwrap_or(0))).collect(),
             topic: self.clone(),
@@ -122,21 +128,14 @@ impl SourceConnector for RecordTopic {
 
 struct RecordReader {
     topic: RecordTopic,
-    decoder: JsonDecoder,
+    records: Records,
     dice: Option<Dice>,
     next: Vec<(Place, usize)>,
 }
 
-/// What one poll has gathered, apart from the decoder's rows.
+/// How far one poll has come.
 #[derive(Default)]
 struct Gathered {
-    partition: Vec<i32>,
-    offset: Vec<i64>,
-    timestamp: Int64Builder,
-    key: BinaryBuilder,
-    payload: BinaryBuilder,
-    dead: Vec<DeadLetter>,
-    tombstones: u64,
     reached: Positions,
     at_end: Vec<Place>,
 }
@@ -161,7 +160,7 @@ impl RecordReader {
         Some((1 + dice.index(most as usize)).min(max_rows))
     }
 
-    fn take(&mut self, at: usize, gathered: &mut Gathered) {
+    fn take(&mut self, at: usize, gathered: &mut Gathered) -> Result<()> {
         let (place, offset) = self.next[at];
         self.next[at].1 += 1;
         gathered.reached.raise(place, offset as i64 + 1);
@@ -172,32 +171,19 @@ impl RecordReader {
         let Some(record) =
             topic.partitions.get(place.partition() as usize).and_then(|records| records.get(offset))
         else {
-            return;
+            return Ok(());
         };
         let Some(payload) = record.payload.as_deref().filter(|payload| !payload.is_empty()) else {
-            gathered.tombstones += 1;
-            return;
+            self.records.tombstones += 1;
+            return Ok(());
         };
-        if let Err(fault) = self.decoder.push(payload) {
-            gathered.dead.push(DeadLetter {
-                stage: Stage::Decode,
-                at: Arc::clone(&topic.source),
-                topic: Arc::clone(&topic.topic),
-                partition: place.partition(),
-                offset: offset as i64,
-                timestamp_ms: record.timestamp,
-                key: record.key.clone(),
-                payload: record.payload.clone(),
-                error: fault.message,
-                kind: fault.kind,
-            });
-            return;
-        }
-        gathered.partition.push(place.partition());
-        gathered.offset.push(offset as i64);
-        gathered.timestamp.append_option(record.timestamp);
-        gathered.key.append_option(record.key.as_deref());
-        gathered.payload.append_value(payload);
+        self.records.push(Raw {
+            partition: place.partition(),
+            offset: offset as i64,
+            timestamp: record.timestamp,
+            key: record.key.as_deref(),
+            payload,
+        })
     }
 }
 
@@ -217,25 +203,12 @@ impl SourceReader for RecordReader {
         let mut taken = 0;
         while taken < cut && !open.is_empty() {
             let choice = self.dice.as_mut().map_or(0, |dice| dice.index(open.len()));
-            self.take(open[choice], &mut gathered);
+            self.take(open[choice], &mut gathered)?;
             taken += 1;
             open = self.open();
         }
         self.topic.delivered.fetch_add(taken as u64, Ordering::Relaxed);
-        Ok(Some(SourceBatch {
-            rows: self.decoder.finish()?,
-            partition: Int32Array::from(gathered.partition),
-            offset: Int64Array::from(gathered.offset),
-            timestamp: gathered.timestamp.finish(),
-            key: Some(gathered.key.finish()),
-            payload: Some(gathered.payload.finish()),
-            dead: gathered.dead,
-            tombstones: gathered.tombstones,
-            skipped: 0,
-            reached: gathered.reached,
-            at_end: gathered.at_end,
-            missing_offsets: 0,
-        }))
+        self.records.finish(gathered.reached, gathered.at_end).map(Some)
     }
 
     fn acknowledge(&mut self, _: &Positions) {}

@@ -113,9 +113,7 @@ impl Lowering<'_> {
 
     /// Whether a plan reads no source.
     fn is_bounded(&self, plan: &LogicalPlan) -> bool {
-        let mut names = Vec::new();
-        scans(plan, &mut names);
-        !names.iter().any(|name| self.is_source(name))
+        !scans(plan).iter().any(|name| self.is_source(name))
     }
 }
 

@@ -84,8 +84,7 @@ pub(super) fn of_join(
     tables: &[CreateTable],
 ) -> Result<Option<Result<RemoteTable, (String, String)>>> {
     let side = if stream_first { &join.right } else { &join.left };
-    let mut names = Vec::new();
-    super::tables::scans(side, &mut names);
+    let names = super::tables::scans(side);
     let Some(table) = tables.iter().find(|table| is_remote(table) && names.contains(&table.name)) else {
         return Ok(None);
     };

@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::plan::group::contains_group;
 use crate::plan::lower::{Emission, Lowered, Lowering};
 use crate::plan::session::stream_session;
+use crate::plan::tables::scans;
 use crate::plan::views::ViewPlanner;
 use crate::plan::window::contains_window;
 use crate::plan::{Edge, NodeKind, SourcePlan, StreamPlan};
@@ -136,7 +137,7 @@ pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
     let mut source: Option<String> = None;
     for sink in catalog.sinks.iter().filter(|sink| only.is_empty() || only.contains(&sink.name)) {
         let plan = sink_input(&mut views, sink).await?;
-        for name in scanned(&plan).into_iter().filter(|name| sources.contains_key(name)) {
+        for name in scans(&plan).into_iter().filter(|name| sources.contains_key(name)) {
             match &source {
                 Some(known) if *known != name => {
                     let message = format!("the sinks of one pipeline read two sources, {known} and {name}");
@@ -171,7 +172,7 @@ pub async fn check_views(catalog: &Catalog) -> Result<()> {
     for view in &catalog.views {
         let plan = views.relation(&view.name, &view.place).await?;
         let mut lowering = Lowering::new(&session, &catalog.tables);
-        for name in scanned(&plan) {
+        for name in scans(&plan) {
             if let Some(source) = sources.get(&name) {
                 lowering.add_source(source.as_ref().clone());
             }
@@ -199,16 +200,6 @@ async fn sink_input(views: &mut ViewPlanner<'_>, sink: &CreateSink) -> Result<Lo
         SinkInput::Relation { name, place } => views.relation(name, place).await,
         SinkInput::Query(query) => views.query(query, &sink.place).await,
     }
-}
-
-/// Names of the tables that a plan scans.
-fn scanned(plan: &LogicalPlan) -> Vec<String> {
-    let mut names = Vec::new();
-    if let LogicalPlan::TableScan(scan) = plan {
-        names.push(scan.table_name.table().to_owned());
-    }
-    plan.inputs().into_iter().for_each(|input| names.extend(scanned(input)));
-    names
 }
 
 fn add_sink(

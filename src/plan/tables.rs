@@ -37,8 +37,7 @@ impl BoundedTable {
     /// # Errors
     /// User: an option of a table that it reads is wrong.
     pub fn new(plan: LogicalPlan, tables: &[CreateTable]) -> Result<Self> {
-        let mut names = Vec::new();
-        scans(&plan, &mut names);
+        let names = scans(&plan);
         let tables: Vec<CreateTable> =
             tables.iter().filter(|table| names.contains(&table.name)).cloned().collect();
         let each = tables.iter().map(|table| Ok(Settings::of(table)?.refresh)).collect::<Result<Vec<_>>>()?;
@@ -79,11 +78,13 @@ impl BoundedTable {
 }
 
 /// Names of the tables that a plan scans.
-pub fn scans(plan: &LogicalPlan, names: &mut Vec<String>) {
+pub fn scans(plan: &LogicalPlan) -> Vec<String> {
+    let mut names = Vec::new();
     if let LogicalPlan::TableScan(scan) = plan {
         names.push(scan.table_name.table().to_owned());
     }
-    plan.inputs().into_iter().for_each(|input| scans(input, names));
+    plan.inputs().into_iter().for_each(|input| names.extend(scans(input)));
+    names
 }
 
 struct Settings {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::sync::watch;
 
+use crate::connectors::collect::CollectSink;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::{DeltaConfig, DeltaWriter, Mode, upsert::Stager};
 use crate::connectors::ndjson::NdjsonSink;
@@ -22,18 +23,18 @@ use crate::plan::remote::RemoteTable;
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::RunOptions;
 use crate::runtime::chain::{Chain, Outlet};
-use crate::runtime::grouped::GroupTask;
 use crate::runtime::inbox::Inbox;
-use crate::runtime::keyed::{KeyedTask, Saver};
+use crate::runtime::keyed::Saver;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
 #[cfg(feature = "redis")]
-use crate::runtime::remote::{Cache, RemoteTask, check_keys};
+use crate::runtime::remote::{Cache, Remote};
 use crate::runtime::report::{Command, Report};
+use crate::runtime::sinks::AppendTask;
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
-use crate::runtime::sinks::{AppendTask, CollectTask};
 use crate::runtime::source::{SourceState, SourceTask};
+use crate::runtime::stage::{Operate, StageTask};
 use crate::runtime::start::{World, restore};
 #[cfg(feature = "delta")]
 use crate::runtime::upsert::UpsertTask;
@@ -178,6 +179,12 @@ impl Graph<'_> {
         });
     }
 
+    /// Runs one shard of a stage.
+    fn stage(&self, node: NodeId, shard: usize, operator: impl Operate, inbox: Inbox, chain: Chain) {
+        let (reports, saver) = (self.reports.clone(), self.saver(node, shard));
+        self.run(StageTask { node, operator, inbox, chain, reports, saver }.run());
+    }
+
     /// The watermark that a node had reached.
     fn watermark(&self, id: &str) -> Micros {
         let progress = self.world.manifest.nodes.get(id);
@@ -196,8 +203,7 @@ impl Graph<'_> {
             let mut over = Over::new(spec.clone())?;
             over.restore(&rows.shards[shard], &keys.shards[shard], watermark)?;
             let inbox = Inbox::new(receivers, watermark);
-            let reports = self.reports.clone();
-            self.run(KeyedTask { node, over, inbox, chain, reports, saver: self.saver(node, shard) }.run());
+            self.stage(node, shard, over, inbox, chain);
         }
         Ok(())
     }
@@ -212,8 +218,7 @@ impl Graph<'_> {
             let mut group = Panes::new(spec.clone())?;
             group.restore(&rows.shards[shard], watermark)?;
             let inbox = Inbox::new(receivers, watermark);
-            let reports = self.reports.clone();
-            self.run(GroupTask { node, group, inbox, chain, reports, saver: self.saver(node, shard) }.run());
+            self.stage(node, shard, group, inbox, chain);
         }
         Ok(())
     }
@@ -227,24 +232,19 @@ impl Graph<'_> {
         view: &Arc<str>,
     ) -> Result<()> {
         let Some(edge) = self.plan.nodes[node].inputs.first().cloned() else { return Ok(()) };
-        check_keys(spec, table, &self.plan.nodes[edge.from].schema)?;
         let chains = self.chains(node);
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
-        for (chain, receivers) in chains.into_iter().zip(inboxes) {
-            let task = RemoteTask {
-                node,
+        for (shard, (chain, receivers)) in chains.into_iter().zip(inboxes).enumerate() {
+            let remote = Remote {
                 port: edge.port,
                 view: Arc::clone(view),
                 topics: self.world.source.topics(),
                 spec: spec.clone(),
                 client: Lookup::new(table.config.clone(), Arc::clone(&table.schema)),
                 cache: Cache::new(table.clone(), Clock)?,
-                inbox: Inbox::new(receivers, START_OF_TIME),
-                chain,
-                reports: self.reports.clone(),
                 dead: Vec::new(),
             };
-            self.run(task.run());
+            self.stage(node, shard, remote, Inbox::new(receivers, START_OF_TIME), chain);
         }
         Ok(())
     }
@@ -288,10 +288,6 @@ impl Graph<'_> {
                         durable: self.durable.clone(),
                     };
                     self.run(task.run());
-                }
-                SinkKind::Collect(collector) => {
-                    let (collector, generation) = (collector.clone(), self.world.manifest.generation);
-                    self.run(CollectTask { node, collector, generation, inbox, reports }.run());
                 }
                 other => {
                     let sink = append_sink(other, sink, self.console, &self.world.manifest, shard).await?;
@@ -400,6 +396,9 @@ async fn append_sink(
                 NdjsonSink::clean(config, manifest.generation, manifest.data_epoch.unwrap_or(0)).await?;
             }
             Ok(Box::new(NdjsonSink::open(config.clone(), manifest.generation, shard)?))
+        }
+        SinkKind::Collect(collector) => {
+            Ok(Box::new(CollectSink::new(collector.clone(), manifest.generation)))
         }
         SinkKind::Console(format) => {
             Ok(Box::new(crate::connectors::console::ConsoleSink::new(*format, console())))

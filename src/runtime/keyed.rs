@@ -1,4 +1,4 @@
-//! The task of one shard of an OVER: inputs merged, rows in, finals and newest rows out, changes saved at barriers.
+//! OVER as a stage: rows in, finals and newest rows out, changes saved at barriers. And how a stage's state is written.
 
 use std::sync::Arc;
 
@@ -8,14 +8,13 @@ use tokio::sync::mpsc::Sender;
 use crate::error::Result;
 use crate::operators::over::{Over, times_of};
 use crate::plan::NodeId;
-use crate::runtime::chain::{Chain, Outgoing};
-use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::report::{Report, StatePart, behind};
+use crate::runtime::stage::{Operate, Rows};
 use crate::state::files::{encode, sort_by_group};
 use crate::state::keys::hash_keys;
 use crate::state::manifest::{StateFile, file_name};
 use crate::state::store::StateStore;
-use crate::stream::{Message, Port, Positions};
+use crate::stream::{ChangeBatch, Micros, Port};
 
 /// Epochs between full snapshots of the keyed state, which let older files go.
 pub const FULL_EVERY: u64 = 32;
@@ -87,73 +86,30 @@ impl Saver {
     }
 }
 
-pub struct KeyedTask {
-    pub node: NodeId,
-    pub over: Over,
-    pub inbox: Inbox,
-    pub chain: Chain,
-    pub reports: Sender<Report>,
-    pub saver: Saver,
-}
-
-impl KeyedTask {
-    /// Runs until the last barrier.
-    ///
-    /// # Errors
-    /// External: the state store failed. Internal: a task is gone.
-    pub async fn run(mut self) -> Result<()> {
-        let mut out = Outgoing::new();
-        let mut seen = Positions::default();
-        loop {
-            match self.inbox.next().await? {
-                Event::Changes { batch, reached } => {
-                    seen.raise_all(&reached);
-                    if let Some(latest) = self.over.push(&batch)? {
-                        self.chain.run(self.node, Port::Latest, &latest, &reached, &mut out)?;
-                    }
-                }
-                Event::Watermark { time, reached } => {
-                    seen.raise_all(&reached);
-                    for rows in self.over.advance(time)? {
-                        self.chain.run(self.node, Port::Final, &rows, &reached, &mut out)?;
-                    }
-                    self.chain.broadcast(&Message::Watermark { time, reached }, &mut out);
-                }
-                Event::Barrier(barrier) => {
-                    self.save(barrier.epoch)?;
-                    self.chain.broadcast(&Message::Barrier(barrier), &mut out);
-                    self.chain.flush(&mut out).await?;
-                    if barrier.last {
-                        return Ok(());
-                    }
-                }
-                Event::End => return Ok(()),
-            }
-            self.chain.flush(&mut out).await?;
-        }
+impl Operate for Over {
+    async fn take_in(&mut self, batch: ChangeBatch) -> Result<Rows> {
+        Ok(self.push(&batch)?.map(|latest| (Port::Latest, latest)).into_iter().collect())
     }
 
-    fn save(&mut self, epoch: u64) -> Result<()> {
+    fn pass(&mut self, watermark: Micros) -> Result<(Rows, Micros)> {
+        let rows = self.advance(watermark)?.into_iter().map(|rows| (Port::Final, rows)).collect();
+        Ok((rows, watermark))
+    }
+
+    fn save(&mut self, epoch: u64) -> Result<(Vec<Piece>, StatePart)> {
         let full = epoch.is_multiple_of(FULL_EVERY);
         if full {
-            self.over.mark_all_dirty();
+            self.mark_all_dirty();
         }
-        let snapshot = self.over.snapshot()?;
+        let snapshot = self.snapshot()?;
         let mut pieces = Vec::new();
         if let Some(rows) = snapshot.rows {
-            pieces.push(Piece { kind: "rows", keys: self.over.key_columns(&rows, true), rows });
+            pieces.push(Piece { kind: "rows", keys: self.key_columns(&rows, true), rows });
         }
         if let Some(rows) = snapshot.keys {
-            pieces.push(Piece { kind: "keys", keys: self.over.key_columns(&rows, false), rows });
+            pieces.push(Piece { kind: "keys", keys: self.key_columns(&rows, false), rows });
         }
-        let part = StatePart {
-            watermark: self.over.watermark(),
-            horizon: self.over.horizon(),
-            full,
-            dead: std::mem::take(&mut self.chain.dead),
-            ..StatePart::default()
-        };
-        self.saver.save_behind(self.node, epoch, pieces, part, &self.reports);
-        Ok(())
+        let (watermark, horizon) = (self.watermark(), self.horizon());
+        Ok((pieces, StatePart { watermark, horizon, full, ..StatePart::default() }))
     }
 }

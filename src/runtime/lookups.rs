@@ -6,7 +6,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use datafusion::physical_plan::ExecutionPlanProperties;
+use arrow::array::RecordBatch;
+use datafusion::physical_plan::collect_partitioned;
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
@@ -56,10 +57,9 @@ async fn load(table: &BoundedTable, keys: usize) -> Result<LookupTable> {
     };
     let frame = session.execute_logical_plan(plan).await.map_err(unreadable)?;
     let physical = frame.create_physical_plan().await.map_err(unreadable)?;
-    // Rows in the order of the files, so that several matches come in the same order each time.
-    debug_assert!(physical.output_partitioning().partition_count() > 0);
     let schema = physical.schema();
-    let batches =
-        datafusion::physical_plan::collect(physical, session.task_ctx()).await.map_err(unreadable)?;
+    // Partition by partition, so that several matches come in the same order each time.
+    let parts = collect_partitioned(physical, session.task_ctx()).await.map_err(unreadable)?;
+    let batches: Vec<RecordBatch> = parts.into_iter().flatten().collect();
     LookupTable::new(&schema, &batches, keys)
 }

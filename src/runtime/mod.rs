@@ -19,6 +19,7 @@ mod remote;
 pub mod report;
 mod sinks;
 mod source;
+mod stage;
 mod start;
 #[cfg(feature = "delta")]
 mod tables;

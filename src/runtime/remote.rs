@@ -1,4 +1,4 @@
-//! The task of one shard of a look-up in Redis: keys of a batch asked for in one go, answers cached.
+//! A look-up in Redis as a stage: keys of a batch asked for in one go, answers cached.
 //!
 //! A row is joined with what Redis, or the cache, says when the row comes. While Redis does not answer, `on_lookup_error`
 //! decides on the rows whose key would have to be asked for; Redis is tried again every second, and rows go on meanwhile.
@@ -10,22 +10,19 @@ use std::time::{Duration, Instant};
 use arrow::array::{Array, ArrayRef, RecordBatch, UInt32Array};
 use arrow::compute::interleave_record_batch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use tokio::sync::mpsc::Sender;
 
 use crate::connectors::redis::scan::Lookup;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::operators::lookup::{LookupSpec, LookupTable, lookup};
 use crate::operators::stateless::Failed;
-use crate::plan::NodeId;
 use crate::plan::remote::{OnLookupError, RemoteTable};
-use crate::runtime::chain::{Chain, Outgoing};
-use crate::runtime::inbox::{Event, Inbox};
+use crate::runtime::keyed::Piece;
 use crate::runtime::letters;
-use crate::runtime::report::{Report, StatePart};
-use crate::runtime::sinks::coordinator_gone;
+use crate::runtime::report::StatePart;
+use crate::runtime::stage::{Operate, Rows};
 use crate::state::keys::{KeyIndex, hash_keys};
 use crate::stream::clock::Clock;
-use crate::stream::{ChangeBatch, DeadLetter, Message, Port, Stage};
+use crate::stream::{ChangeBatch, DeadLetter, Micros, Port, Stage};
 
 /// Keys and answers that the cache holds at most; then it begins anew.
 const KEYS: usize = 200_000;
@@ -33,8 +30,8 @@ const ANSWERS: usize = 512;
 /// Between two attempts while Redis is down.
 const RETRY: Duration = Duration::from_secs(1);
 
-pub struct RemoteTask {
-    pub node: NodeId,
+/// The look-up of one shard.
+pub struct Remote {
     /// Of the rows that come and go.
     pub port: Port,
     pub view: Arc<str>,
@@ -42,9 +39,6 @@ pub struct RemoteTask {
     pub spec: LookupSpec,
     pub client: Lookup,
     pub cache: Cache,
-    pub inbox: Inbox,
-    pub chain: Chain,
-    pub reports: Sender<Report>,
     pub dead: Vec<DeadLetter>,
 }
 
@@ -181,40 +175,21 @@ impl Cache {
     }
 }
 
-impl RemoteTask {
-    /// Runs until the last barrier.
-    ///
-    /// # Errors
-    /// External: Redis refuses for good. Internal: a task is gone.
-    pub async fn run(mut self) -> Result<()> {
-        let mut out = Outgoing::new();
-        loop {
-            match self.inbox.next().await? {
-                Event::Changes { batch, reached } => {
-                    let joined = self.join(batch).await?;
-                    self.chain.run(self.node, self.port, &joined, &reached, &mut out)?;
-                }
-                Event::Watermark { time, reached } => {
-                    self.chain.broadcast(&Message::Watermark { time, reached }, &mut out);
-                }
-                Event::Barrier(barrier) => {
-                    let mut dead = std::mem::take(&mut self.dead);
-                    dead.append(&mut self.chain.dead);
-                    let part = StatePart { dead, ..StatePart::default() };
-                    let report = Report::State { node: self.node, epoch: barrier.epoch, part };
-                    self.reports.send(report).await.map_err(coordinator_gone)?;
-                    self.chain.broadcast(&Message::Barrier(barrier), &mut out);
-                    self.chain.flush(&mut out).await?;
-                    if barrier.last {
-                        return Ok(());
-                    }
-                }
-                Event::End => return Ok(()),
-            }
-            self.chain.flush(&mut out).await?;
-        }
+impl Operate for Remote {
+    async fn take_in(&mut self, batch: ChangeBatch) -> Result<Rows> {
+        Ok(vec![(self.port, self.join(batch).await?)])
     }
 
+    fn pass(&mut self, watermark: Micros) -> Result<(Rows, Micros)> {
+        Ok((Rows::new(), watermark))
+    }
+
+    fn save(&mut self, _: u64) -> Result<(Vec<Piece>, StatePart)> {
+        Ok((Vec::new(), StatePart { dead: std::mem::take(&mut self.dead), ..StatePart::default() }))
+    }
+}
+
+impl Remote {
     async fn join(&mut self, mut batch: ChangeBatch) -> Result<ChangeBatch> {
         let keys: Vec<ArrayRef> =
             self.spec.keys.iter().map(|key| Arc::clone(batch.rows.column(*key))).collect();
@@ -244,18 +219,5 @@ impl RemoteTask {
             self.dead.push(letter);
         }
         Ok(joined)
-    }
-}
-
-/// A key of the stream must be of the table's type.
-///
-/// # Errors
-/// Internal: the plan let another one pass.
-pub fn check_keys(spec: &LookupSpec, table: &RemoteTable, input: &Schema) -> Result<()> {
-    let types =
-        |at: usize| (input.field(spec.keys[at]).data_type(), table.schema.field(table.keys[at]).data_type());
-    match (0..table.keys.len()).map(types).find(|(a, b)| a != b) {
-        None => Ok(()),
-        Some((a, b)) => Err(Error::internal(format!("a key of type {a} for a table with {b}"))),
     }
 }

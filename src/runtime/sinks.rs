@@ -5,7 +5,6 @@ use std::sync::Arc;
 use tokio::sync::mpsc::Sender;
 
 use crate::connectors::AppendSink;
-use crate::connectors::collect::Collector;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::{DeltaConfig, DeltaWriter};
 use crate::error::{Error, Result};
@@ -82,7 +81,7 @@ impl From<crate::connectors::delta::PreparedFile> for PreparedFile {
     }
 }
 
-/// At least once: writes on arrival, flushed at barriers.
+/// Writes on arrival, flushed at barriers: at least once, unless the sink makes more of the epochs.
 pub struct AppendTask {
     pub node: NodeId,
     pub sink: Box<dyn AppendSink>,
@@ -111,41 +110,6 @@ impl AppendTask {
                     if std::mem::take(&mut written) {
                         self.metrics.committed(Clock.unix_millis());
                     }
-                    let part = StatePart::default();
-                    let report = Report::State { node: self.node, epoch: barrier.epoch, part };
-                    self.reports.send(report).await.map_err(coordinator_gone)?;
-                    if barrier.last {
-                        return Ok(());
-                    }
-                }
-                Event::End => return Ok(()),
-            }
-        }
-    }
-}
-
-/// Exactly-once into memory: an epoch's rows are handed over at its barrier.
-pub struct CollectTask {
-    pub node: NodeId,
-    pub collector: Collector,
-    pub generation: u64,
-    pub inbox: Inbox,
-    pub reports: Sender<Report>,
-}
-
-impl CollectTask {
-    /// Runs until the last barrier.
-    ///
-    /// # Errors
-    /// Internal only.
-    pub async fn run(mut self) -> Result<()> {
-        let mut rows = Vec::new();
-        loop {
-            match self.inbox.next().await? {
-                Event::Changes { batch, .. } => rows.push(batch),
-                Event::Watermark { .. } => {}
-                Event::Barrier(barrier) => {
-                    self.collector.commit(self.generation, barrier.epoch, std::mem::take(&mut rows));
                     let part = StatePart::default();
                     let report = Report::State { node: self.node, epoch: barrier.epoch, part };
                     self.reports.send(report).await.map_err(coordinator_gone)?;

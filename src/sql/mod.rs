@@ -14,6 +14,7 @@ pub mod interval;
 pub mod options;
 pub mod parser;
 pub mod place;
+mod rewrite;
 pub mod statement;
 pub mod types;
 pub mod variables;

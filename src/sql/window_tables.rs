@@ -22,16 +22,14 @@ use crate::error::{Error, Place, Result};
 use crate::sql::interval::{display_micros, micros_of};
 use crate::sql::parser::normal;
 use crate::sql::place::place_of_span;
+use crate::sql::rewrite::{rewrite, rewrite_statement};
 
 /// Rewrites every TUMBLE and HOP of a query and its sub-queries.
 ///
 /// # Errors
 /// A user error: wrong arguments, a size that is not positive.
 pub fn expand(node: &mut impl VisitMut, place: &Place) -> Result<()> {
-    match node.visit(&mut Expand { place }) {
-        ControlFlow::Break(error) => Err(error),
-        ControlFlow::Continue(()) => Ok(()),
-    }
+    rewrite(node, &mut Expand { place })
 }
 
 /// The same for a statement of DataFusion.
@@ -39,15 +37,7 @@ pub fn expand(node: &mut impl VisitMut, place: &Place) -> Result<()> {
 /// # Errors
 /// As [`expand`].
 pub fn expand_statement(statement: &mut DfStatement, place: &Place) -> Result<()> {
-    match statement {
-        DfStatement::Statement(statement) => expand(statement.as_mut(), place),
-        DfStatement::CopyTo(copy) => match &mut copy.source {
-            datafusion::sql::parser::CopyToSource::Query(query) => expand(query.as_mut(), place),
-            datafusion::sql::parser::CopyToSource::Relation(_) => Ok(()),
-        },
-        DfStatement::Explain(explain) => expand_statement(&mut explain.statement, place),
-        DfStatement::CreateExternalTable(_) | DfStatement::Reset(_) => Ok(()),
-    }
+    rewrite_statement(statement, &mut Expand { place })
 }
 
 struct Expand<'p> {

@@ -6,42 +6,28 @@
 
 use std::ops::ControlFlow;
 
-use datafusion::sql::parser::{CopyToSource, Statement};
+use datafusion::sql::parser::Statement;
 use sqlparser::ast::{
-    Expr, Ident, NamedWindowDefinition, NamedWindowExpr, Query, Select, SetExpr, VisitMut, VisitorMut,
-    WindowSpec, WindowType,
+    Expr, Ident, NamedWindowDefinition, NamedWindowExpr, Query, Select, SetExpr, VisitorMut, WindowSpec,
+    WindowType,
 };
 
 use crate::error::{Error, Place, Result};
 use crate::sql::parser::normal;
 use crate::sql::place::place_of_span;
+use crate::sql::rewrite::{rewrite, rewrite_statement};
 
 /// Merges all named windows of a query and its sub-queries.
 ///
 /// # Errors
 /// A user error: an unknown window, a copy that is not allowed.
 pub fn merge(query: &mut Query, place: &Place) -> Result<()> {
-    visit(query, place)
+    rewrite(query, &mut Merge { scopes: Vec::new(), place })
 }
 
 /// The same for every query of a statement of DataFusion.
 pub fn merge_statement(statement: &mut Statement, place: &Place) -> Result<()> {
-    match statement {
-        Statement::Statement(statement) => visit(statement.as_mut(), place),
-        Statement::CopyTo(copy) => match &mut copy.source {
-            CopyToSource::Query(query) => visit(query.as_mut(), place),
-            CopyToSource::Relation(_) => Ok(()),
-        },
-        Statement::Explain(explain) => merge_statement(&mut explain.statement, place),
-        Statement::CreateExternalTable(_) | Statement::Reset(_) => Ok(()),
-    }
-}
-
-fn visit(node: &mut impl VisitMut, place: &Place) -> Result<()> {
-    match node.visit(&mut Merge { scopes: Vec::new(), place }) {
-        ControlFlow::Break(error) => Err(error),
-        ControlFlow::Continue(()) => Ok(()),
-    }
+    rewrite_statement(statement, &mut Merge { scopes: Vec::new(), place })
 }
 
 type Scope = Vec<(Ident, WindowSpec)>;

@@ -5,6 +5,8 @@
 //! filter, OVER and exchange, so ordering never depends on how the input was cut.
 
 pub mod clock;
+#[cfg(test)]
+pub mod dice;
 
 use std::fmt;
 use std::ops::Deref;

@@ -95,29 +95,6 @@ impl Lookup {
     }
 }
 
-async fn get_rows(reader: &mut Reader, config: &RedisConfig, keys: &RecordBatch) -> Result<Vec<RecordBatch>> {
-    let mut parts = Vec::new();
-    for column in config.key_columns(keys.schema_ref())? {
-        let mut text = TextColumn::default();
-        text.fill(keys.column(column))?;
-        parts.push(text);
-    }
-    let mut batches = Vec::new();
-    let mut names = Vec::new();
-    for row in 0..keys.num_rows() {
-        if !parts.iter().any(|part| part.is_null(row)) {
-            let mut name = Vec::new();
-            key(&mut name, config.prefix.as_bytes(), parts.iter().map(|part| part.cell(row)));
-            names.push(name);
-        }
-    }
-    for names in names.chunks(BATCH) {
-        reader.fetch(names).await?;
-        batches.extend(reader.finish()?);
-    }
-    Ok(batches)
-}
-
 struct Reader {
     pool: Pool,
     lane: Lane,
@@ -131,7 +108,26 @@ struct Reader {
 
 impl Reader {
     async fn get(&mut self, config: &RedisConfig, keys: &RecordBatch) -> Result<Vec<RecordBatch>> {
-        get_rows(self, config, keys).await
+        let mut parts = Vec::new();
+        for column in config.key_columns(keys.schema_ref())? {
+            let mut text = TextColumn::default();
+            text.fill(keys.column(column))?;
+            parts.push(text);
+        }
+        let mut batches = Vec::new();
+        let mut names = Vec::new();
+        for row in 0..keys.num_rows() {
+            if !parts.iter().any(|part| part.is_null(row)) {
+                let mut name = Vec::new();
+                key(&mut name, config.prefix.as_bytes(), parts.iter().map(|part| part.cell(row)));
+                names.push(name);
+            }
+        }
+        for names in names.chunks(BATCH) {
+            self.fetch(names).await?;
+            batches.extend(self.finish()?);
+        }
+        Ok(batches)
     }
 
     async fn open(config: &RedisConfig, schema: &SchemaRef) -> Result<Self> {

@@ -13,7 +13,9 @@
 
 use std::collections::BTreeMap;
 
-use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, UInt32Array};
+use arrow::array::{
+    Array, ArrayRef, AsArray, Int64Array, RecordBatch, TimestampMicrosecondArray, UInt32Array,
+};
 use arrow::compute::{cast, concat_batches};
 use arrow::datatypes::{DataType, Int64Type, TimeUnit, TimestampMicrosecondType};
 
@@ -28,6 +30,20 @@ pub struct Closing {
     pub key: usize,
     /// µs: event time < value + bound.
     pub bound: Micros,
+}
+
+impl Closing {
+    /// The windows in a key column, µs.
+    ///
+    /// # Errors
+    /// Internal: the column is no time, or has NULLs.
+    pub fn windows(&self, column: &ArrayRef) -> Result<TimestampMicrosecondArray> {
+        let wrong = || Error::internal("a window's key is no time or NULL");
+        let DataType::Timestamp(_, zone) = column.data_type() else { return Err(wrong()) };
+        let micros = cast(column, &DataType::Timestamp(TimeUnit::Microsecond, zone.clone()))?;
+        let windows = micros.as_primitive::<TimestampMicrosecondType>();
+        if windows.null_count() == 0 { Ok(windows.clone()) } else { Err(wrong()) }
+    }
 }
 
 /// The tables of one shard.
@@ -57,16 +73,7 @@ impl Panes {
             return Ok(Pushed::default());
         }
         let Some(closing) = self.spec.closing else { return self.pane(START_OF_TIME)?.push(batch) };
-        let column = batch.rows.column(self.spec.keys[closing.key]);
-        let column = match column.data_type() {
-            DataType::Timestamp(TimeUnit::Nanosecond, zone) => {
-                &cast(column, &DataType::Timestamp(TimeUnit::Microsecond, zone.clone()))?
-            }
-            _ => column,
-        };
-        let windows = column.as_primitive_opt::<TimestampMicrosecondType>();
-        let windows = windows.filter(|windows| windows.null_count() == 0);
-        let windows = windows.ok_or_else(|| Error::internal("a window's key is no time or NULL"))?;
+        let windows = closing.windows(batch.rows.column(self.spec.keys[closing.key]))?;
         let (mut changes, mut latest) = (Vec::new(), Vec::new());
         for (window, rows) in split(windows.values()) {
             if closes(window, closing.bound, self.watermark) {

@@ -11,16 +11,7 @@ use datafusion::prelude::SessionContext;
 
 use super::*;
 use crate::stream::END_OF_TIME;
-
-/// Knuth's MMIX generator: small, seeded, the same everywhere.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
-}
+use crate::stream::dice::Dice;
 
 fn schema() -> SchemaRef {
     Arc::new(Schema::new(vec![

@@ -7,17 +7,8 @@ use arrow::array::{Array, AsArray, Int64Array, RecordBatch, StringArray, StringV
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 
 use super::{DirtyBatch, Newest, SNAPSHOT_COLUMNS};
+use crate::stream::dice::Dice;
 use crate::stream::{ChangeBatch, Origin};
-
-/// Knuth's MMIX generator: small, seeded, the same everywhere.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
-}
 
 type Key = (i64, String);
 type Order = (i64, i64, i64);

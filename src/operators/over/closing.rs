@@ -5,12 +5,11 @@
 
 use std::cmp::Reverse;
 
-use arrow::array::{Array, ArrayRef, AsArray};
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, TimeUnit, TimestampMicrosecondType};
+use arrow::array::{Array, ArrayRef};
+use arrow::datatypes::DataType;
 
 use super::Over;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::operators::group::Closing;
 use crate::state::keys::KeyIndex;
 use crate::stream::Micros;
@@ -20,17 +19,8 @@ const FEW: usize = if cfg!(test) { 4 } else { 1_024 };
 
 /// When the keys of these columns close, one per row.
 pub(super) fn closing_times(closing: Closing, columns: &[ArrayRef]) -> Result<Vec<Micros>> {
-    let column = &columns[closing.key];
-    let zone = match column.data_type() {
-        DataType::Timestamp(_, zone) => zone.clone(),
-        _ => None,
-    };
-    let micros = cast(column, &DataType::Timestamp(TimeUnit::Microsecond, zone))?;
-    let values = micros.as_primitive::<TimestampMicrosecondType>();
-    if values.null_count() > 0 {
-        return Err(Error::internal("a window's key is NULL"));
-    }
-    Ok(values.values().iter().map(|start| start.saturating_add(closing.bound)).collect())
+    let windows = closing.windows(&columns[closing.key])?;
+    Ok(windows.values().iter().map(|start| start.saturating_add(closing.bound)).collect())
 }
 
 impl Over {

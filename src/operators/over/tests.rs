@@ -12,21 +12,8 @@ use datafusion::prelude::SessionContext;
 
 use super::super::group::Closing;
 use super::{Frame, Function, Over, OverSpec, WindowCall};
+use crate::stream::dice::Dice;
 use crate::stream::{ChangeBatch, END_OF_TIME, Origin, timestamp_type};
-
-/// Knuth's MMIX generator: small, seeded, the same everywhere.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.roll(100) < percent
-    }
-}
 
 #[derive(Debug, Clone)]
 struct Row {
