@@ -21,8 +21,8 @@
 //! Per key one row: key columns, results, the partial states of the aggregates, the order key. Any aggregate of
 //! DataFusion works through its partial state (`notes/datafusion-55.md`, *Aggregates*): the batch is aggregated to
 //! partial states, merged with those of the keys touched, and the merged states are evaluated. A batch costs as much as
-//! its rows and the keys that it touches; other keys are not visited. Keys are kept for ever. Integer results are exact; sums of floats depend
-//! on the order of additions in the last digits.
+//! its rows and the keys that it touches; other keys are not visited. Keys are kept for ever. Sums and averages are exact, of
+//! floats too ([`millstream_udfs::sum`]); variances and sketches depend on the order of merges in the last digits.
 //!
 //! # Snapshots
 //! [`Group::snapshot`] holds the state rows of the keys touched since the last one; restoring them in order gives the

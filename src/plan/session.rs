@@ -57,6 +57,9 @@ fn with_functions(session: SessionContext) -> Result<SessionContext> {
     for function in millstream_udfs::all()? {
         session.register_udf(function.as_ref().clone());
     }
+    for function in millstream_udfs::aggregates() {
+        session.register_udaf(function.as_ref().clone());
+    }
     Ok(session)
 }
 

@@ -1,4 +1,4 @@
-//! Scalar functions for ML features, for any Apache DataFusion session; Millstream registers them in every room,
+//! Functions for ML features, for any Apache DataFusion session; Millstream registers them in every room,
 //! so that a feature means the same in the stream, in the backfill and at serving time.
 //!
 //! | function | answer | see |
@@ -7,8 +7,9 @@
 //! | `day_of_week(x [, time_zone])` | `INT`, ISO: Monday = 1 to Sunday = 7 | [`time`] |
 //! | `hour_of_day(x [, time_zone])` | `INT`, 0 to 23 | [`time`] |
 //! | `zip_lookup(zip, column)` | a fact about a ZIP code, of the column's type | [`zip`] |
+//! | `sum(x)`, `avg(x)` of doubles | exact, rounded once, in place of DataFusion's | [`sum`] |
 //!
-//! Every function is immutable (the same arguments always give the same answer: no clock, no session setting) and
+//! Every scalar function is immutable (the same arguments always give the same answer: no clock, no session setting) and
 //! strict (a NULL argument gives NULL). The crate does no I/O and depends on DataFusion alone.
 //!
 //! ```
@@ -42,15 +43,17 @@
 //! ```
 
 pub mod ensure;
+pub mod exact;
 pub mod hop;
+pub mod sum;
 pub mod time;
 pub mod zip;
 
 use std::sync::Arc;
 
 use datafusion::error::Result;
-use datafusion::logical_expr::ScalarUDF;
 use datafusion::logical_expr::registry::FunctionRegistry;
+use datafusion::logical_expr::{AggregateUDF, ScalarUDF};
 
 /// Registers every function of this crate, replacing functions of the same name.
 ///
@@ -60,10 +63,13 @@ pub fn register_all(registry: &mut dyn FunctionRegistry) -> Result<()> {
     for udf in all()? {
         registry.register_udf(udf)?;
     }
+    for udaf in aggregates() {
+        registry.register_udaf(udaf)?;
+    }
     Ok(())
 }
 
-/// Every function of this crate, for registries of other kinds (Ballista executors, serialisation codecs).
+/// Every scalar function of this crate, for registries of other kinds (Ballista executors, serialisation codecs).
 ///
 /// # Errors
 /// Never for the data that ships with the crate.
@@ -73,4 +79,10 @@ pub fn all() -> Result<Vec<Arc<ScalarUDF>>> {
     functions.extend(hop::all());
     functions.extend(zip::all()?);
     Ok(functions)
+}
+
+/// Every aggregate of this crate, for the same.
+#[must_use]
+pub fn aggregates() -> Vec<Arc<AggregateUDF>> {
+    sum::all()
 }

@@ -9,7 +9,8 @@ use arrow::util::display::{ArrayFormatter, FormatOptions};
 
 use crate::error::Result;
 
-/// Floats may differ by this, relative to the larger one, where a fixture says nothing: a batch sums in any order.
+/// Floats may differ by this, relative to the larger one, where a fixture says nothing: sums are exact, but variances and
+/// the like depend on the order of merges.
 pub const TOLERANCE: f64 = 1e-12;
 /// Rows of a difference that are shown.
 const SHOWN: usize = 40;

@@ -4,9 +4,13 @@ use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray, Decimal128Array, Float64Array, Int64Array, UInt64Array};
+use arrow::array::{
+    Array, ArrayRef, AsArray, BinaryArray, Decimal128Array, Float64Array, Int64Array, UInt64Array,
+};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Decimal128Type, Field, Float64Type, Int64Type};
+
+use millstream_udfs::exact::ExactSum;
 
 use super::aggregate::{Extremes, Sum, Value};
 use super::rows::{Chunks, Entry};
@@ -103,9 +107,9 @@ impl Cell {
             (Self::Sum(sum), _) if sum.count == 0 => None,
             (Self::Sum(sum), Function::Avg) => Some(Value::Float(match call.output {
                 DataType::Float64 if sum.integer != 0 => sum.integer as f64 / sum.count as f64,
-                _ => sum.float() / sum.count as f64,
+                _ => sum.float.value() / sum.count as f64,
             })),
-            (Self::Sum(sum), _) if call.output == DataType::Float64 => Some(Value::Float(sum.float())),
+            (Self::Sum(sum), _) if call.output == DataType::Float64 => Some(Value::Float(sum.float.value())),
             (Self::Sum(sum), _) => Some(Value::Integer(sum.integer)),
             (Self::Extreme(extremes), Function::Min) => extremes.least,
             (Self::Extreme(extremes), _) => extremes.greatest,
@@ -165,17 +169,29 @@ impl Call {
     }
 }
 
-/// Columns that hold the state of an unbounded call.
-const STATE: [&str; 7] = ["count", "integer", "high", "low", "nan", "positive_infinite", "negative_infinite"];
+/// Columns that hold the state of an unbounded call: the count, the sum (or extreme) of integers, the extreme of floats,
+/// the exact sum of floats.
+const STATE: [&str; 4] = ["count", "integer", "extreme", "sum"];
 
 /// Fields of the state of call `at`.
 pub fn state_fields(at: usize) -> Vec<Field> {
     let types = |name: &str| match name {
         "integer" => DataType::Decimal128(38, 0),
-        "high" | "low" => DataType::Float64,
+        "extreme" => DataType::Float64,
+        "sum" => DataType::Binary,
         _ => DataType::Int64,
     };
     STATE.iter().map(|name| Field::new(format!("c{at}_{name}"), types(name), true)).collect()
+}
+
+/// The state of a cell.
+#[derive(Default)]
+struct State {
+    count: i64,
+    integer: i128,
+    extreme: f64,
+    /// As [`ExactSum::write`] writes it.
+    sum: Option<Vec<u8>>,
 }
 
 /// The state of some cells, column by column as in [`state_fields`].
@@ -183,58 +199,56 @@ pub fn state_fields(at: usize) -> Vec<Field> {
 /// # Errors
 /// Internal: a sum that has no 38 digits.
 pub fn write_states(call: &Call, cells: &[&Cell]) -> Result<Vec<ArrayRef>> {
-    let sums: Vec<Sum> = cells.iter().map(|cell| cell.as_sum(call)).collect();
-    let long = |of: fn(&Sum) -> i64| Arc::new(Int64Array::from_iter_values(sums.iter().map(of))) as ArrayRef;
-    let float =
-        |of: fn(&Sum) -> f64| Arc::new(Float64Array::from_iter_values(sums.iter().map(of))) as ArrayRef;
+    let states: Vec<State> = cells.iter().map(|cell| cell.state(call)).collect();
     let wraps = !matches!(call.output, DataType::Decimal128(_, _));
-    let integers = sums.iter().map(|s| if wraps { i128::from(s.integer as i64) } else { s.integer });
+    let integers = states.iter().map(|s| if wraps { i128::from(s.integer as i64) } else { s.integer });
     let integers = Decimal128Array::from_iter_values(integers).with_precision_and_scale(38, 0)?;
     Ok(vec![
-        long(|s| s.count),
+        Arc::new(Int64Array::from_iter_values(states.iter().map(|s| s.count))),
         Arc::new(integers),
-        float(|s| s.high),
-        float(|s| s.low),
-        long(|s| s.nan),
-        long(|s| s.positive_infinite),
-        long(|s| s.negative_infinite),
+        Arc::new(Float64Array::from_iter_values(states.iter().map(|s| s.extreme))),
+        Arc::new(states.iter().map(|s| s.sum.as_deref()).collect::<BinaryArray>()),
     ])
 }
 
-/// Reads one cell back.
-pub fn read_state(call: &Call, columns: &[ArrayRef], row: usize) -> Cell {
-    let long = |at: usize| columns[at].as_primitive::<Int64Type>().value(row);
-    let float = |at: usize| columns[at].as_primitive::<Float64Type>().value(row);
-    let sum = Sum {
-        count: long(0),
-        integer: columns[1].as_primitive::<Decimal128Type>().value(row),
-        high: float(2),
-        low: float(3),
-        nan: long(4),
-        positive_infinite: long(5),
-        negative_infinite: long(6),
-    };
+/// Reads one cell back; `None`: no state of ours.
+pub fn read_state(call: &Call, columns: &[ArrayRef], row: usize) -> Option<Cell> {
+    let count = columns[0].as_primitive::<Int64Type>().value(row);
+    let integer = columns[1].as_primitive::<Decimal128Type>().value(row);
     let value = || match call.output {
-        DataType::Float32 | DataType::Float64 => Value::Float(sum.high),
-        _ => Value::Integer(sum.integer),
+        DataType::Float32 | DataType::Float64 => {
+            Value::Float(columns[2].as_primitive::<Float64Type>().value(row))
+        }
+        _ => Value::Integer(integer),
     };
-    match Cell::new(call) {
-        Cell::Count(_) => Cell::Count(sum.count),
-        Cell::Sum(_) => Cell::Sum(sum),
-        other if sum.count == 0 => other,
+    let sums = columns[3].as_binary::<i32>();
+    Some(match Cell::new(call) {
+        Cell::Count(_) => Cell::Count(count),
+        Cell::Sum(_) => {
+            let float = match sums.is_valid(row) {
+                true => ExactSum::read(sums.value(row))?,
+                false => ExactSum::default(),
+            };
+            Cell::Sum(Sum { count, integer, float })
+        }
+        other if count == 0 => other,
         _ => Cell::Extreme(Extremes { least: Some(value()), greatest: Some(value()) }),
-    }
+    })
 }
 
 impl Cell {
-    fn as_sum(&self, call: &Call) -> Sum {
+    fn state(&self, call: &Call) -> State {
         match self {
-            Self::Count(count) => Sum { count: *count, ..Sum::default() },
-            Self::Sum(sum) => *sum,
+            Self::Count(count) => State { count: *count, ..State::default() },
+            Self::Sum(sum) => {
+                let mut bytes = Vec::new();
+                sum.float.write(&mut bytes);
+                State { count: sum.count, integer: sum.integer, extreme: 0.0, sum: Some(bytes) }
+            }
             Self::Extreme(_) | Self::Sorted(_) => match self.result(call) {
-                None => Sum::default(),
-                Some(Value::Integer(integer)) => Sum { count: 1, integer, ..Sum::default() },
-                Some(Value::Float(high)) => Sum { count: 1, high, ..Sum::default() },
+                None => State::default(),
+                Some(Value::Integer(integer)) => State { count: 1, integer, ..State::default() },
+                Some(Value::Float(extreme)) => State { count: 1, extreme, ..State::default() },
             },
         }
     }

@@ -114,7 +114,8 @@ impl Over {
                 return Err(other_shape());
             }
             for (row, slot) in slots.iter().enumerate() {
-                self.keys[*slot as usize].finals.cells[at] = read_state(&self.calls[at], columns, row);
+                let cell = read_state(&self.calls[at], columns, row).ok_or_else(other_shape)?;
+                self.keys[*slot as usize].finals.cells[at] = cell;
             }
         }
         self.slots = slots;
