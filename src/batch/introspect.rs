@@ -1,6 +1,5 @@
 //! `SHOW`, `DESCRIBE` and `EXPLAIN PIPELINE`: what a pipeline declares, as rows.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, BooleanArray, RecordBatch, StringArray};
@@ -9,9 +8,10 @@ use arrow::datatypes::{DataType, Field, Schema};
 use super::Answer;
 use crate::connectors::formats::sql_type;
 use crate::error::{Error, Place, Result};
+use crate::plan::StreamPlan;
 use crate::plan::session::stream_session;
+use crate::plan::source::all_sources;
 use crate::plan::views::ViewPlanner;
-use crate::plan::{SourcePlan, StreamPlan};
 use crate::sql::options::nearest;
 use crate::sql::{Catalog, Show, SinkInput};
 
@@ -88,10 +88,7 @@ pub fn show(catalog: &Catalog, show: Show) -> Result<Answer> {
 /// User: the object does not plan.
 pub async fn describe(catalog: &Catalog, plan: &StreamPlan, name: &str) -> Result<Option<Answer>> {
     let session = stream_session()?;
-    let mut sources = BTreeMap::new();
-    for source in &catalog.sources {
-        sources.insert(source.name.clone(), Arc::new(SourcePlan::new(&session, source)?));
-    }
+    let sources = all_sources(&session, catalog)?;
     if let Some(source) = sources.get(name) {
         let kind = |column: usize| match column {
             column if column >= source.visible => "metadata",

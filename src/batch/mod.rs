@@ -1,8 +1,9 @@
-//! Batch: the same names as tables. So far: ad-hoc queries over sinks, tables and files.
+//! Batch: the same names as tables. So far: ad-hoc queries over sinks, history, tables and files.
 //!
-//! A sink is queried by its name: a Delta sink is its table, an online sink is read back from its store. Files are
-//! queried by path. Only what a query names is opened.
+//! A sink is queried by its name: a Delta sink is its table, an online sink is read back from its store. A source is its
+//! backup, a view the same SQL over it ([`history`]). Files are queried by path. Only what a query names is opened.
 
+pub mod history;
 mod introspect;
 mod newest;
 mod over;
@@ -17,6 +18,7 @@ use datafusion::sql::parser::Statement as DfStatement;
 
 use crate::error::{Error, Result};
 use crate::plan::session::batch_session;
+use crate::plan::source::METADATA;
 use crate::plan::views::{located, quoted};
 use crate::plan::{SinkKind, SinkPlan, StreamPlan};
 use crate::sql::wildcard::hide;
@@ -78,7 +80,7 @@ pub async fn query(
             }
         };
         if let DfStatement::Statement(statement) = statement.as_mut() {
-            hide(statement.as_mut(), &|name| hidden(plan, name));
+            hide(statement.as_mut(), &|name| hidden(catalog, plan, name));
         }
         let names =
             session.state().resolve_table_references(&statement).map_err(|error| located(error, &place))?;
@@ -94,8 +96,14 @@ pub async fn query(
     answer.ok_or_else(|| Error::user("the query is empty").hint("Give one with -c 'SELECT …'."))
 }
 
-/// Columns of a sink that `SELECT *` leaves out.
-fn hidden(plan: &StreamPlan, name: &str) -> Vec<String> {
+/// Columns of a sink or source that `SELECT *` leaves out.
+fn hidden(catalog: &Catalog, plan: &StreamPlan, name: &str) -> Vec<String> {
+    if catalog
+        .source(name)
+        .is_some_and(|source| source.options.shown("connector").as_deref() != Some("generator"))
+    {
+        return METADATA.map(str::to_owned).to_vec();
+    }
     match plan.sinks().find(|(_, sink)| sink.name == name).map(|(_, sink)| &sink.kind) {
         #[cfg(feature = "delta")]
         Some(SinkKind::Delta(config)) => config.added_columns(),
@@ -129,11 +137,11 @@ async fn register(
         crate::plan::tables::register(session, table).await?;
         return Ok(());
     }
-    if catalog.source(name).is_some() || catalog.view(name).is_some() {
-        return Err(Error::user(format!("{name} is a stream and cannot be queried yet"))
-            .hint("Query one of the sinks; views over history come with a later version."));
+    let declared = catalog.source(name).map(|source| &source.place);
+    match declared.or_else(|| catalog.view(name).map(|view| &view.place)) {
+        Some(place) => history::relation(session, catalog, plan, name, place).await,
+        None => Ok(()),
     }
-    Ok(())
 }
 
 async fn register_sink(

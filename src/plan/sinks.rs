@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::plan::group::contains_group;
 use crate::plan::lower::{Emission, Lowered, Lowering};
 use crate::plan::session::stream_session;
+use crate::plan::source::all_sources;
 use crate::plan::tables::scans;
 use crate::plan::views::ViewPlanner;
 use crate::plan::window::contains_window;
@@ -119,10 +120,7 @@ impl SinkPlan {
 /// The first user error found, with its place.
 pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
     let session = stream_session()?;
-    let mut sources = BTreeMap::new();
-    for source in &catalog.sources {
-        sources.insert(source.name.clone(), Arc::new(SourcePlan::new(&session, source)?));
-    }
+    let sources = all_sources(&session, catalog)?;
     if let Some(unknown) = only.iter().find(|name| catalog.sink(name).is_none()) {
         let known: Vec<String> = catalog.sinks.iter().map(|sink| sink.name.clone()).collect();
         let hint = match crate::sql::options::nearest(unknown, &known) {
@@ -164,10 +162,7 @@ pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
 /// The first user error found, with its place.
 pub async fn check_views(catalog: &Catalog) -> Result<()> {
     let session = stream_session()?;
-    let mut sources = BTreeMap::new();
-    for source in &catalog.sources {
-        sources.insert(source.name.clone(), Arc::new(SourcePlan::new(&session, source)?));
-    }
+    let sources = all_sources(&session, catalog)?;
     let mut views = ViewPlanner::new(&session, catalog, &sources);
     for view in &catalog.views {
         let plan = views.relation(&view.name, &view.place).await?;

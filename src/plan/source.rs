@@ -3,6 +3,7 @@
 //! A source row has the declared physical columns, then the computed ones, then (Kafka) the metadata columns
 //! `_topic, _partition, _offset, _timestamp, _key`, which `SELECT *` leaves out.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +25,7 @@ use crate::connectors::records::RecordTopic;
 use crate::connectors::reference::{self, Role};
 use crate::error::{Error, Result};
 use crate::sql::options::Options;
-use crate::sql::{CreateSource, interval};
+use crate::sql::{Catalog, CreateSource, interval};
 use crate::stream::{Micros, timestamp_type};
 
 #[derive(Debug, Clone)]
@@ -57,6 +58,15 @@ pub struct SourcePlan {
     pub on_error: OnError,
     /// Name of the backup, parsed and checked; used from the history issue on.
     pub history: Option<String>,
+}
+
+/// The sources of a catalog by name.
+///
+/// # Errors
+/// The first user error found, with its place.
+pub fn all_sources(session: &SessionContext, catalog: &Catalog) -> Result<BTreeMap<String, Arc<SourcePlan>>> {
+    let plan = |source: &CreateSource| Ok((source.name.clone(), Arc::new(SourcePlan::new(session, source)?)));
+    catalog.sources.iter().map(plan).collect()
 }
 
 /// Names of the metadata columns, in order.
