@@ -59,7 +59,7 @@ usage: docker/services.sh COMMAND [SERVICE…]     services: kafka redis s3 (def
 variables: MILLSTREAM_KAFKA_PORT (19092; the controller takes the next one, then _SASL_PORT and _TLS_PORT),
            MILLSTREAM_REDIS_PORT (16379; _TLS_PORT takes the next one), MILLSTREAM_S3_PORT (19000),
            MILLSTREAM_KAFKA_BACKUP_PASSWORD, MILLSTREAM_KAFKA_FEATURES_PASSWORD, MILLSTREAM_REDIS_PASSWORD,
-           MILLSTREAM_CACHE (downloads), MILLSTREAM_RUN (data, logs, pid files, keys)
+           MILLSTREAM_KEEP=1 (start goes on with the data of a service that was killed), MILLSTREAM_CACHE (downloads), MILLSTREAM_RUN (data, logs, pid files, keys)
 EOF
 }
 
@@ -419,7 +419,7 @@ launch_kafka() {
         users+=(--add-scram "$mechanism=[name=$FEATURES_USER,password=$FEATURES_PASSWORD]")
     done
     "$java" -XX:TieredStopAtLevel=1 -XX:+UseSerialGC "$simple.defaultLogLevel=warn" -cp "$KAFKA_JARS/*" \
-        kafka.tools.StorageTool format --cluster-id MillstreamTestServices --config "$config" \
+        kafka.tools.StorageTool format --ignore-formatted --cluster-id MillstreamTestServices --config "$config" \
         "${users[@]}" >>"$log" 2>&1 </dev/null || die "cannot format Kafka's data folder" "$log"
     launch kafka "$java" -Xms256m -Xmx1g -XX:+UseG1GC -XX:MaxGCPauseMillis=20 -Djava.awt.headless=true \
         "$simple.showDateTime=true" "$simple.dateTimeFormat=HH:mm:ss.SSS" \
@@ -476,7 +476,7 @@ launch_missing() {
         say "$service already running on port ${found#* }"
         return
     fi
-    rm -rf "${RUN:?}/$service"
+    [[ ${MILLSTREAM_KEEP:-} == 1 ]] || rm -rf "${RUN:?}/$service"
     mkdir -p "$RUN/$service" "$RUN/logs"
     : >"$(log_of "$service")"
     "launch_$service"

@@ -9,6 +9,7 @@
 )]
 
 mod access;
+mod brokers;
 mod case;
 mod dev;
 mod faults;

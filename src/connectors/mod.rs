@@ -31,7 +31,7 @@ use arrow::array::{Int32Array, Int64Array, RecordBatch};
 use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::stream::{ChangeBatch, DeadLetter, Micros, Place, Positions};
 
 /// What is known of a partition before it is read. Offsets: `low` is the first still held, `high` the next to come.
@@ -86,6 +86,11 @@ pub trait SourceConnector: Send + Sync {
     /// Offsets where a pipeline without stored positions begins, by `scan_startup`.
     async fn start_positions(&self, partitions: &[PartitionInfo]) -> Result<Positions>;
 
+    /// How often to look for partitions that were added; `None`: there can be none.
+    fn discovery(&self) -> Option<Duration> {
+        None
+    }
+
     /// A reader of exactly these places, each from its next offset.
     ///
     /// # Errors
@@ -100,6 +105,14 @@ pub trait SourceReader: Send {
     /// # Errors
     /// Only what the reader cannot ride out: bad records are in `SourceBatch::dead`, lost connections are retried.
     fn poll(&mut self, max_rows: usize, linger: Duration) -> Result<Option<SourceBatch>>;
+
+    /// Reads one more place from its next offset on, as [`SourceConnector::reader`] does.
+    ///
+    /// # Errors
+    /// External: a position that is not there. Internal: the connector has no [`SourceConnector::discovery`].
+    fn add(&mut self, _place: Place, _next: i64) -> Result<()> {
+        Err(Error::internal("this source cannot take partitions in while it runs"))
+    }
 
     /// Tells the outside which offsets are safe (group offsets for lag tools). The truth stays in the manifest.
     fn acknowledge(&mut self, positions: &Positions);

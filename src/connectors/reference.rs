@@ -258,6 +258,13 @@ const KAFKA_SOURCE: &[OptionDoc] = &[
     ON_ERROR,
     option("max_batch_rows", "number", "65536", "1000", "No poll takes more rows."),
     option(
+        "partition_discovery_interval",
+        "duration",
+        "1 minute",
+        "10 seconds",
+        "How often partitions that were added to the topic are looked for; they are read from their beginning. 0 s: never.",
+    ),
+    option(
         "group_id",
         "text",
         "millstream-<pipeline>-<source>",

@@ -264,7 +264,7 @@ impl Coordinator {
         progress.partitions = parts.iter().flat_map(|part| part.partitions.iter().copied()).collect();
         progress.partitions.sort_by_key(|p| (p.topic, p.partition));
         progress.embedded = self.world.embedded.clone();
-        progress.watermark = parts.iter().filter_map(|part| part.watermark).max();
+        progress.watermark = sent_by_all(parts);
         parts.iter().for_each(|part| progress.accounts.add(&part.accounts));
         (name, parts.iter().flat_map(|part| part.late.iter().copied()).collect())
     }
@@ -295,7 +295,28 @@ impl Coordinator {
     }
 }
 
+/// The watermark that every shard had sent when it was cut: what operators have seen. The clock that the shards share may
+/// stand further, by rows behind the barrier of a shard that was cut early; after a restart these rows are read again, and
+/// must not be late for what they themselves had raised.
+fn sent_by_all(parts: &[SourceEpoch]) -> Option<Micros> {
+    let least = parts.iter().map(|part| part.watermark.unwrap_or(START_OF_TIME)).min();
+    least.filter(|at| *at != START_OF_TIME)
+}
+
 /// Shows a watermark for people: `None` before any row, the end after `--close`.
 pub fn shown_watermark(at: Micros) -> Option<i64> {
     (at != START_OF_TIME && at != END_OF_TIME && at != 0).then_some(at / 1_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_watermark_of_an_epoch_is_the_least_that_a_shard_had_sent() {
+        let part = |watermark| SourceEpoch { watermark, ..SourceEpoch::default() };
+        assert_eq!(sent_by_all(&[part(Some(20)), part(Some(70)), part(Some(50))]), Some(20));
+        assert_eq!(sent_by_all(&[part(Some(20)), part(None)]), None);
+        assert_eq!(sent_by_all(&[]), None);
+    }
 }

@@ -23,6 +23,7 @@ use crate::plan::remote::RemoteTable;
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::RunOptions;
 use crate::runtime::chain::{Chain, Outlet};
+use crate::runtime::discovery::{Discovery, shard_of};
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::Saver;
 use crate::runtime::metrics::Metrics;
@@ -339,13 +340,10 @@ impl Graph<'_> {
         let watermarks = SourceClock::new(plan.lateness, places, stored.and_then(|s| s.watermark));
         let counted = self.metrics.source(node);
         counted.watch(watermarks.clone());
-        let mut commands = Vec::new();
+        let mut commands: Vec<Sender<Command>> = Vec::new();
         for (shard, chain) in chains.into_iter().enumerate() {
-            let mine = |(_, (place, _)): &(usize, (Place, i64))| {
-                place.partition() as usize % self.parallelism == shard
-            };
-            let positions: Positions =
-                self.world.positions.iter().enumerate().filter(mine).map(|(_, position)| position).collect();
+            let mine = |(place, _): &(Place, i64)| shard_of(*place, self.parallelism) == shard;
+            let positions: Positions = self.world.positions.iter().filter(mine).collect();
             let ends = self.world.ends.iter().filter(|(place, _)| positions.get(*place).is_some()).collect();
             let (sender, receiver) = channel(4);
             commands.push(sender);
@@ -374,6 +372,12 @@ impl Graph<'_> {
                 }
             });
             spawned.map_err(|error| Error::external("a thread cannot be started").because(error))?;
+        }
+        if let Some(every) = self.world.source.discovery() {
+            let known = self.world.positions.iter().map(|(place, _)| place).collect();
+            let source = Arc::clone(&self.world.source);
+            let commands = commands.iter().map(Sender::downgrade).collect();
+            self.run(Discovery { source, every, known, commands }.run());
         }
         Ok(commands)
     }

@@ -5,6 +5,7 @@
 
 pub mod chain;
 pub mod coordinator;
+mod discovery;
 pub mod freshness;
 mod graph;
 mod grouped;

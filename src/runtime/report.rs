@@ -5,7 +5,7 @@ use tokio::sync::mpsc::Sender;
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::state::manifest::{Accounts, PartitionProgress, PreparedFile, StateFile};
-use crate::stream::{Barrier, DeadLetter, Micros};
+use crate::stream::{Barrier, DeadLetter, Micros, Place};
 
 /// A shard's part of an epoch, or the end of the pipeline.
 #[derive(Debug)]
@@ -77,6 +77,8 @@ pub fn behind(reports: &Sender<Report>, work: impl Future<Output = Result<Report
 pub enum Command {
     /// Cut here. `close`: no row follows, raise the watermark to the end first.
     Cut { barrier: Barrier, close: bool },
+    /// Read this partition too, from the offset on.
+    Add { place: Place, next: i64 },
     /// The manifest of this epoch is published and its commits are made.
     Durable { epoch: u64 },
 }

@@ -87,6 +87,7 @@ impl SourceTask {
                         }
                     }
                     Command::Durable { epoch } => self.acknowledge(epoch),
+                    Command::Add { place, next } => self.add(place, next)?,
                 }
             }
             if self.commands.is_closed() && self.commands.is_empty() {
@@ -125,6 +126,14 @@ impl SourceTask {
         self.chain.broadcast(&Message::Barrier(barrier), out);
         self.chain.flush_blocking(out)?;
         self.report(Report::Source(epoch))
+    }
+
+    /// A partition that was added to the topic. From the next barrier on the manifest knows it.
+    fn add(&mut self, place: Place, next: i64) -> Result<()> {
+        self.reader.add(place, next)?;
+        self.watermarks.add(place);
+        self.positions.raise(place, next);
+        Ok(())
     }
 
     /// Group offsets, for lag tools: only what a manifest holds.

@@ -76,6 +76,12 @@ impl SourceClock {
         inner.publish(self.lateness)
     }
 
+    /// A partition was added to the topic: the others wait for its rows from now on, or until it is idle.
+    pub fn add(&self, place: Place) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.partitions.entry(place).or_insert(Partition { max_time: None, idle: false });
+    }
+
     /// A partition was read to its end and stayed silent for the idle time-out.
     pub fn mark_idle(&self, place: Place) -> Micros {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);

@@ -108,6 +108,18 @@ impl BatchConsumer {
 
     /// Reads exactly these partitions from these offsets on.
     pub fn assign(&mut self, topic: &str, positions: &[(i32, i64)]) -> KafkaResult<()> {
+        let list = self.forwarded(topic, positions)?;
+        self.consumer.assign(&list)
+    }
+
+    /// Reads this partition too.
+    pub fn add(&mut self, topic: &str, partition: i32, offset: i64) -> KafkaResult<()> {
+        let list = self.forwarded(topic, &[(partition, offset)])?;
+        self.consumer.incremental_assign(&list)
+    }
+
+    /// Leads the partitions' records into the queue of batches.
+    fn forwarded(&self, topic: &str, positions: &[(i32, i64)]) -> KafkaResult<TopicPartitionList> {
         let mut list = TopicPartitionList::new();
         for (partition, offset) in positions {
             list.add_partition_offset(topic, *partition, Offset::Offset(*offset))?;
@@ -121,7 +133,7 @@ impl BatchConsumer {
                 rd::rd_kafka_queue_forward(source.0.as_ptr(), self.queue.0.as_ptr());
             }
         }
-        self.consumer.assign(&list)
+        Ok(list)
     }
 
     /// Waits at most `wait` for a first message, gathers for at most `gather` more, returns at most `limit`.

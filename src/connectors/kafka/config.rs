@@ -150,6 +150,9 @@ impl KafkaSettings {
     }
 }
 
+/// How often added partitions are looked for.
+const DISCOVERY: Duration = Duration::from_secs(60);
+
 /// Where a pipeline without stored positions begins.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum ScanStartup {
@@ -208,6 +211,8 @@ pub struct KafkaSourceConfig {
     pub on_error: OnError,
     /// Upper bound of rows per poll, below what the caller asks for.
     pub max_batch_rows: Option<usize>,
+    /// How often to look for partitions that were added to the topic; `None`: at the start only.
+    pub partition_discovery: Option<Duration>,
     /// Where group offsets are committed to; `None`: the default that the pipeline hands in.
     pub group_id: Option<String>,
     /// Fill `SourceBatch::key`: some view reads `_key`.
@@ -219,7 +224,7 @@ pub struct KafkaSourceConfig {
 }
 
 impl KafkaSourceConfig {
-    /// Takes `bootstrap_servers`, `topic`, `format`, `scan_startup`, `on_error`, `max_batch_rows`, `group_id` and
+    /// Takes `bootstrap_servers`, `topic`, `format`, `scan_startup`, `on_error`, `max_batch_rows`, `partition_discovery_interval`, `group_id` and
     /// `kafka.*`.
     ///
     /// # Errors
@@ -246,6 +251,7 @@ impl KafkaSourceConfig {
         let on_error = OnError::from_options(options)?;
         let rows =
             options.parse::<std::num::NonZeroUsize>("max_batch_rows", "a number of rows, at least 1")?;
+        let discovery = options.duration("partition_discovery_interval")?.unwrap_or(DISCOVERY);
         let group_id = options.string("group_id")?;
         Ok(Self {
             settings,
@@ -254,6 +260,7 @@ impl KafkaSourceConfig {
             scan_startup,
             on_error,
             max_batch_rows: rows.map(std::num::NonZeroUsize::get),
+            partition_discovery: (!discovery.is_zero()).then_some(discovery),
             group_id,
             keep_key: false,
             keep_payload: false,

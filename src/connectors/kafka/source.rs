@@ -135,22 +135,12 @@ impl KafkaSource {
 
     fn open(&self, assigned: &Positions) -> Result<KafkaReader> {
         let mut consumer = self.consumer()?;
-        let mut partitions = Vec::new();
-        let mut positions = Vec::new();
-        for (place, next) in assigned.iter() {
-            let id = place.partition();
-            let (low, high) = self.watermarks(&consumer, id)?;
-            if next < low || next > high {
-                return Err(gap(&self.topic, id, next, low, high));
-            }
-            let base = self.base(id);
-            positions.push((id, next - base));
-            partitions.push(Progress { place, id, base, next, high, touched: false, ended: false });
-        }
-        let servers = &self.config.settings.bootstrap_servers;
-        consumer.assign(&self.topic, &positions).map_err(|error| {
-            Error::external(format!("topic {} at {servers} cannot be assigned", self.topic)).because(error)
-        })?;
+        let partitions: Vec<Progress> = assigned
+            .iter()
+            .map(|(place, next)| self.progress(&consumer, place, next))
+            .collect::<Result<_>>()?;
+        let positions: Vec<(i32, i64)> = partitions.iter().map(|p| (p.id, p.next - p.base)).collect();
+        consumer.assign(&self.topic, &positions).map_err(|error| self.not_assigned(error))?;
         let intent = Intent {
             name: Arc::clone(&self.name),
             topic: Arc::clone(&self.topic),
@@ -161,6 +151,23 @@ impl KafkaSource {
         let columns = Records::new(Arc::clone(&self.config.columns), intent)?;
         let source = self.clone();
         Ok(KafkaReader { consumer, source, intake: Intake { partitions, last: 0, columns } })
+    }
+}
+
+impl KafkaSource {
+    /// A partition at a position that the broker holds.
+    fn progress(&self, consumer: &BatchConsumer, place: Place, next: i64) -> Result<Progress> {
+        let id = place.partition();
+        let (low, high) = self.watermarks(consumer, id)?;
+        if next < low || next > high {
+            return Err(gap(&self.topic, id, next, low, high));
+        }
+        Ok(Progress { place, id, base: self.base(id), next, high, touched: false, ended: false })
+    }
+
+    fn not_assigned(&self, error: KafkaError) -> Error {
+        let servers = &self.config.settings.bootstrap_servers;
+        Error::external(format!("topic {} at {servers} cannot be assigned", self.topic)).because(error)
     }
 }
 
@@ -217,6 +224,10 @@ impl SourceConnector for KafkaSource {
             }
         };
         Ok(partitions.iter().map(|info| (place(info), start(info))).collect())
+    }
+
+    fn discovery(&self) -> Option<Duration> {
+        self.config.partition_discovery
     }
 
     async fn reader(&self, assigned: Positions) -> Result<Box<dyn SourceReader>> {
@@ -336,6 +347,16 @@ impl SourceReader for KafkaReader {
             self.weigh(trouble)?;
         }
         self.intake.finish()
+    }
+
+    fn add(&mut self, place: Place, next: i64) -> Result<()> {
+        // This client may not know the partition yet and would have no answer about its offsets.
+        let (id, base) = (place.partition(), self.source.base(place.partition()));
+        let progress = Progress { place, id, base, next, high: next, touched: false, ended: false };
+        let added = self.consumer.add(&self.source.topic, progress.id, progress.next - progress.base);
+        added.map_err(|error| self.source.not_assigned(error))?;
+        self.intake.partitions.push(progress);
+        Ok(())
     }
 
     fn acknowledge(&mut self, positions: &Positions) {

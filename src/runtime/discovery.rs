@@ -1,0 +1,68 @@
+//! Partitions that are added to a topic while the pipeline runs: looked for now and then, read from their beginning.
+//!
+//! The shard that gets one takes it in between two polls, so that the next manifest has its position; after a restart it is
+//! an old acquaintance. A partition that is added while the pipeline stands still is found by its start.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc::WeakSender;
+
+use crate::connectors::SourceConnector;
+use crate::error::Result;
+use crate::runtime::report::Command;
+use crate::stream::Place;
+
+/// The shard that reads a partition.
+pub fn shard_of(place: Place, shards: usize) -> usize {
+    place.partition() as usize % shards
+}
+
+pub struct Discovery {
+    pub source: Arc<dyn SourceConnector>,
+    pub every: Duration,
+    pub known: BTreeSet<Place>,
+    /// Of the source's shards, which end without us.
+    pub commands: Vec<WeakSender<Command>>,
+}
+
+impl Discovery {
+    /// Runs until the source has ended.
+    ///
+    /// # Errors
+    /// None: a broker that does not answer is asked again later.
+    pub async fn run(mut self) -> Result<()> {
+        loop {
+            tokio::time::sleep(self.every).await;
+            if self.commands.iter().all(|command| command.upgrade().is_none()) {
+                return Ok(());
+            }
+            let partitions = match self.source.partitions().await {
+                Ok(partitions) => partitions,
+                Err(error) => {
+                    tracing::debug!(%error, "partitions could not be looked for");
+                    continue;
+                }
+            };
+            for found in partitions {
+                let place = Place::new(0, found.topic, found.partition);
+                if self.known.contains(&place) {
+                    continue;
+                }
+                let Some(command) = self.commands[shard_of(place, self.commands.len())].upgrade() else {
+                    return Ok(());
+                };
+                tracing::warn!(
+                    partition = found.partition,
+                    from = found.low,
+                    "a partition was added to the topic"
+                );
+                if command.send(Command::Add { place, next: found.low }).await.is_err() {
+                    return Ok(());
+                }
+                self.known.insert(place);
+            }
+        }
+    }
+}

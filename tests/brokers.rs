@@ -1,0 +1,176 @@
+//! What a broker does to a running pipeline: partitions are added, the topic is made anew, records expire, the broker is
+//! away for a while or starts again.
+
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use rdkafka::TopicPartitionList;
+use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::config::ClientConfig;
+use rdkafka::topic_partition_list::Offset;
+
+use crate::case::{Case, create_topic, services};
+
+fn admin(kafka: &str) -> AdminClient<DefaultClientContext> {
+    ClientConfig::new().set("bootstrap.servers", kafka).create().unwrap()
+}
+
+/// Waits until the backup holds as many rows.
+fn wait_for(case: &Case, running: &mut Child, rows: u64) {
+    let begun = Instant::now();
+    loop {
+        let table = PathBuf::from(&case.lake).join("transactions_backup/_delta_log");
+        let count = || case.query("SELECT count(*) AS n FROM transactions_backup");
+        if table.exists() && count().lines().nth(1).and_then(|n| n.parse().ok()) == Some(rows) {
+            return;
+        }
+        assert!(running.try_wait().unwrap().is_none(), "the pipeline has ended");
+        assert!(begun.elapsed() < Duration::from_secs(90), "{} of {rows} rows", count());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// SIGTERM, a last checkpoint, the end.
+fn stop(running: &mut Child) {
+    let killed = Command::new("kill").arg(running.id().to_string()).status().unwrap();
+    assert!(killed.success() && running.wait().unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn partitions_that_are_added_are_found_while_running() {
+    let Some(services) = services("partitions_that_are_added_are_found_while_running") else { return };
+    let mut case = Case::new(services, "added", None).await;
+    let sql = std::fs::read_to_string(case.path("transactions.sql")).unwrap();
+    let option = "format = 'json', partition_discovery_interval = '300 ms'";
+    std::fs::write(case.path("transactions.sql"), sql.replace("format            = 'json'", option)).unwrap();
+    case.produce(5_000).await;
+    let mut running = case.start(&["--checkpoint", "300ms", "--parallelism", "2"]);
+    wait_for(&case, &mut running, 5_000);
+    let more = NewPartitions::new(&case.topic, 7);
+    admin(&case.services.kafka).create_partitions([&more], &AdminOptions::new()).await.unwrap();
+    // The producers make new clients, which know the new partitions.
+    case.produce(5_000).await;
+    wait_for(&case, &mut running, 10_000);
+    let partitions = case.query("SELECT count(DISTINCT _partition) AS n FROM transactions_backup");
+    assert_eq!(partitions, "n\n7\n");
+    running.kill().unwrap();
+    running.wait().unwrap();
+    case.produce(5_000).await;
+    case.finish("3");
+    case.verify();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_is_made_anew_stops_the_pipeline_with_a_way_out() {
+    let Some(services) = services("a_topic_that_is_made_anew_stops_the_pipeline") else { return };
+    let mut case = Case::new(services, "anew", None).await;
+    case.produce(2_000).await;
+    let out = case.run(&["--until-end", "--checkpoint", "300ms"]);
+    assert!(out.status.success());
+    let kafka = case.services.kafka.clone();
+    for deleted in admin(&kafka).delete_topics(&[&case.topic], &AdminOptions::new()).await.unwrap() {
+        deleted.unwrap();
+    }
+    let gone = case.run(&["--until-end"]);
+    let said = String::from_utf8_lossy(&gone.stderr);
+    assert!(
+        gone.status.code() == Some(3) && said.contains(&format!("there is no topic {}", case.topic)),
+        "{said}"
+    );
+    create_topic(&kafka, &case.topic, 4).await;
+    let anew = case.run(&["--until-end"]);
+    let said = String::from_utf8_lossy(&anew.stderr);
+    assert!(anew.status.code() == Some(3) && said.contains("but the topic ends at 0"), "{said}");
+    assert!(said.contains("hint: The topic was emptied or created anew."), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_expired_before_they_were_read_are_a_gap_with_numbers() {
+    let Some(services) = services("records_that_expired_before_they_were_read") else { return };
+    let mut case = Case::new(services, "expired", None).await;
+    case.produce(2_000).await;
+    assert!(case.run(&["--until-end"]).status.success());
+    case.produce(2_000).await;
+    let mut offsets = TopicPartitionList::new();
+    (0..4).for_each(|partition| {
+        offsets.add_partition_offset(&case.topic, partition, Offset::End).unwrap();
+    });
+    admin(&case.services.kafka).delete_records(&offsets, &AdminOptions::new()).await.unwrap();
+    let out = case.run(&["--until-end"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(3) && said.contains("records are gone"), "{said}");
+    assert!(said.contains(&format!("topic {}, partition 0: the next offset is", case.topic)), "{said}");
+}
+
+/// A broker of this test's own, by `docker/services.sh` with other ports and another folder; ended when dropped.
+struct Broker {
+    run: tempfile::TempDir,
+    port: u16,
+}
+
+impl Broker {
+    fn services(&self, word: &str) -> Command {
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/docker/services.sh"));
+        command.args([word, "kafka"]).env("MILLSTREAM_RUN", self.run.path()).env("MILLSTREAM_KEEP", "1");
+        for (name, more) in [("KAFKA", 0), ("KAFKA_CONTROLLER", 1), ("KAFKA_SASL", 2), ("KAFKA_TLS", 3)] {
+            command.env(format!("MILLSTREAM_{name}_PORT"), (self.port + more).to_string());
+        }
+        command
+    }
+
+    fn start(port: u16) -> Self {
+        let broker = Self { run: tempfile::tempdir().unwrap(), port };
+        broker.again();
+        broker
+    }
+
+    /// Starts it, on the data that it has.
+    fn again(&self) {
+        let out = self.services("start").output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+
+    fn signal(&self, signal: &str) {
+        let pid = std::fs::read_to_string(self.run.path().join("kafka.pid")).unwrap();
+        let pid = pid.split(' ').next().unwrap();
+        assert!(Command::new("kill").args([signal, pid]).status().unwrap().success());
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        // Nobody hears of a failure any more.
+        self.services("stop").output().ok();
+    }
+}
+
+/// Seconds of an outage: a minute by hand, `MILLSTREAM_OUTAGE=60`.
+fn outage() -> Duration {
+    Duration::from_secs(std::env::var("MILLSTREAM_OUTAGE").ok().and_then(|s| s.parse().ok()).unwrap_or(3))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_away_or_starts_again_loses_nothing() {
+    let Some(mut services) = services("a_broker_that_is_away_or_starts_again_loses_nothing") else { return };
+    let broker = Broker::start(28_092);
+    services.kafka = format!("127.0.0.1:{}", broker.port);
+    let mut case = Case::new(services, "away", None).await;
+    case.produce(5_000).await;
+    let mut running = case.start(&["--checkpoint", "300ms"]);
+    wait_for(&case, &mut running, 5_000);
+    broker.signal("-STOP");
+    std::thread::sleep(outage());
+    broker.signal("-CONT");
+    case.produce(5_000).await;
+    wait_for(&case, &mut running, 10_000);
+    broker.signal("-KILL");
+    std::thread::sleep(Duration::from_secs(1));
+    broker.again();
+    case.produce(5_000).await;
+    wait_for(&case, &mut running, 15_000);
+    stop(&mut running);
+    case.finish("2");
+    case.verify();
+}
