@@ -88,10 +88,6 @@ impl DeltaConfig {
             }
             Some(_) => Mode::Changelog,
         };
-        if matches!(mode, Mode::Upsert { .. }) && !partition_by.is_empty() {
-            return Err(Error::user("partition_by with mode = 'upsert' cannot run yet")
-                .hint("Leave partition_by out: a row whose partition changes would have to move."));
-        }
         Ok(Self { location, partition_by, target_file_size, codec, mode })
     }
 
