@@ -4,11 +4,13 @@
 //! of 1 where x is there, `sum(x)` the sum of x, NULL where `count(x)` is 0, `avg(x)` their quotient; FILTER becomes part
 //! of what is summed. Integers and decimals only: they are exact, so what is taken back leaves no trace.
 
+use std::sync::Arc;
+
 use arrow::datatypes::DataType;
 use datafusion::common::ScalarValue;
 use datafusion::functions_aggregate::sum::sum_udaf;
 use datafusion::logical_expr::{
-    self as logical, Expr, ExprSchemable, LogicalPlan, LogicalPlanBuilder, cast, col, lit, when,
+    self as logical, Expr, ExprSchemable, LogicalPlan, Projection, cast, col, lit, when,
 };
 
 use crate::error::{Error, Place, Result};
@@ -16,16 +18,15 @@ use crate::error::{Error, Place, Result};
 /// Name of the sum that counts the rows of a group; it comes first.
 const ROWS: &str = "__rows";
 
-/// Whether an aggregate is one that [`retractable`] made.
-pub(super) fn is_made(aggregate: &logical::Aggregate) -> bool {
-    matches!(aggregate.aggr_expr.first(), Some(Expr::Alias(alias)) if alias.name == ROWS)
-}
-
-/// The aggregate as a projection over sums.
+/// The aggregate as sums and a projection over them.
 ///
 /// # Errors
 /// User: an aggregate that rows cannot be taken back from.
-pub(super) fn retractable(aggregate: &logical::Aggregate, view: &str, place: &Place) -> Result<LogicalPlan> {
+pub(super) fn retractable(
+    aggregate: &logical::Aggregate,
+    view: &str,
+    place: &Place,
+) -> Result<(logical::Aggregate, Projection)> {
     let mut sums = Sums { list: vec![sum_udaf().call(vec![lit(1i64)]).alias(ROWS)] };
     let fields = aggregate.schema.as_arrow().fields();
     let keys = aggregate.group_expr.len();
@@ -42,22 +43,13 @@ pub(super) fn retractable(aggregate: &logical::Aggregate, view: &str, place: &Pl
         })?;
         above.push(made.alias(field.name()));
     }
-    let below = LogicalPlanBuilder::from(aggregate.input.as_ref().clone());
-    let grouped = below.aggregate(aggregate.group_expr.clone(), sums.list)?.build()?;
-    let columns = grouped.schema().columns();
+    let grouped =
+        logical::Aggregate::try_new(Arc::clone(&aggregate.input), aggregate.group_expr.clone(), sums.list)?;
+    let columns = grouped.schema.columns();
     let keys = columns[..keys].iter().cloned().map(Expr::Column);
-    Ok(LogicalPlanBuilder::from(grouped.clone()).project(keys.chain(above).collect::<Vec<_>>())?.build()?)
-}
-
-/// DISTINCT over rows that change.
-///
-/// # Errors
-/// Internal, from DataFusion.
-pub(super) fn retractable_distinct(below: &LogicalPlan) -> Result<LogicalPlan> {
-    let columns: Vec<Expr> = below.schema().columns().into_iter().map(Expr::Column).collect();
-    let rows = sum_udaf().call(vec![lit(1i64)]).alias(ROWS);
-    let grouped = LogicalPlanBuilder::from(below.clone()).aggregate(columns.clone(), vec![rows])?;
-    Ok(grouped.project(columns)?.build()?)
+    let above = keys.chain(above).collect();
+    let above = Projection::try_new(above, Arc::new(LogicalPlan::Aggregate(grouped.clone())))?;
+    Ok((grouped, above))
 }
 
 /// The planner gives `avg` doubles, also of integers.
