@@ -14,7 +14,8 @@ CREATE VIEW big_spenders AS
 SELECT user_id, sum(amount) AS amount FROM transactions GROUP BY user_id HAVING sum(amount) > 0;
 CREATE VIEW distribution AS
 SELECT total_transactions_count AS n, count(*) AS users, sum(total_transactions_count) AS transactions,
-       avg(user_id) AS mean, count(*) FILTER (WHERE user_id < 1000) AS early
+       avg(user_id) AS mean, count(*) FILTER (WHERE user_id < 1000) AS early, min(user_id) AS first,
+       max(last_at) AS last, count(DISTINCT last_at) AS times
 FROM user_totals GROUP BY total_transactions_count;
 CREATE VIEW counts_seen AS SELECT DISTINCT users FROM distribution;
 CREATE SINK distribution_now FROM distribution
@@ -70,10 +71,12 @@ fn check(case: &Case) {
                 HAVING sum(_weight) <> 1 OR min(_epoch) < 1)";
     assert_eq!(case.query(more), "n\n0\n", "one row per user holds");
     let distribution = "SELECT n, count(*) AS users, sum(n) AS transactions, avg(user_id) AS mean,
-            count(*) FILTER (WHERE user_id < 1000) AS early
-        FROM (SELECT user_id, count(*) AS n FROM transactions_backup GROUP BY user_id) GROUP BY n ORDER BY n";
+            count(*) FILTER (WHERE user_id < 1000) AS early, min(user_id) AS first, max(last_at) AS last,
+            count(DISTINCT last_at) AS times
+        FROM (SELECT user_id, count(*) AS n, max(event_time) AS last_at FROM transactions_backup GROUP BY user_id) GROUP BY n ORDER BY n";
     for sink in ["distribution_now", "distribution_moved", "distribution_serving"] {
-        let sql = format!("SELECT n, users, transactions, mean, early FROM {sink} ORDER BY n");
+        let sql =
+            format!("SELECT n, users, transactions, mean, early, first, last, times FROM {sink} ORDER BY n");
         assert_eq!(case.query(&sql), case.query(distribution), "{sink}: groups of groups");
     }
     let seen = format!("SELECT DISTINCT users FROM ({distribution}) ORDER BY users");

@@ -344,13 +344,7 @@ const DELTA_SINK: &[OptionDoc] = &[
         "changelog",
         "For GROUP BY: one row per key, or every change with _weight and _epoch. Other rows are appended.",
     ),
-    option(
-        "key",
-        "list of columns",
-        NONE,
-        "user_id",
-        "With mode = 'upsert': the columns of GROUP BY.",
-    ),
+    option("key", "list of columns", NONE, "user_id", "With mode = 'upsert': the columns of GROUP BY."),
     option(
         "metadata",
         "all or none",

@@ -1,19 +1,22 @@
-//! GROUP BY over rows that change: `count`, `sum` and `avg` made of sums that rows can be taken back from.
+//! GROUP BY over rows that change: its aggregates made of sums and extents that rows can be taken back from.
 //!
 //! The aggregate is rewritten to sums of numbers that are never NULL, and a projection over them: `count(x)` is the sum
 //! of 1 where x is there, `sum(x)` the sum of x, NULL where `count(x)` is 0, `avg(x)` their quotient; FILTER becomes part
-//! of what is summed. Integers and decimals only: they are exact, so what is taken back leaves no trace.
+//! of what is summed. Integers and decimals only: they are exact, so what is taken back leaves no trace. `min(x)`,
+//! `max(x)` and `count(DISTINCT x)` are fields of one [`extent`], of any type that has an order.
 
 use std::sync::Arc;
 
 use arrow::datatypes::DataType;
 use datafusion::common::ScalarValue;
+use datafusion::functions::core::expr_fn::get_field;
 use datafusion::functions_aggregate::sum::sum_udaf;
 use datafusion::logical_expr::{
     self as logical, Expr, ExprSchemable, LogicalPlan, Projection, cast, col, lit, when,
 };
 
 use crate::error::{Error, Place, Result};
+use crate::operators::group::extent::{DIFFERENT, GREATEST, LEAST, extent, is_orderable};
 
 /// Name of the sum that counts the rows of a group; it comes first.
 const ROWS: &str = "__rows";
@@ -34,8 +37,8 @@ pub(super) fn retractable(
     for (call, field) in aggregate.aggr_expr.iter().zip(&fields[keys..]) {
         let made = sums.made(call, field.data_type(), aggregate)?;
         let made = made.ok_or_else(|| {
-            let hint = "count, sum and avg of integers and decimals can be taken back; or group the source's rows by \
-                        the final key in one step.";
+            let hint = "count, min, max, and sum and avg of integers and decimals can be taken back; or group the \
+                        source's rows by the final key in one step.";
             let place = crate::sql::place::find_word(place, "GROUP").unwrap_or_else(|| place.clone());
             Error::user(format!("{view}: {call} over rows that still change cannot run as a stream yet"))
                 .hint(hint)
@@ -60,6 +63,17 @@ fn exact(argument: &Expr) -> &Expr {
     }
 }
 
+/// The type in which an extent holds values: views of strings would hold on to the batches that they came in.
+fn held_type(kind: DataType) -> DataType {
+    match kind {
+        DataType::Utf8View | DataType::LargeUtf8 => DataType::Utf8,
+        DataType::BinaryView | DataType::LargeBinary => DataType::Binary,
+        DataType::Dictionary(_, value) => held_type(*value),
+        other => other,
+    }
+}
+
+/// The calls that the aggregates are made of.
 struct Sums {
     list: Vec<Expr>,
 }
@@ -67,14 +81,17 @@ struct Sums {
 impl Sums {
     /// The column of a sum, added if it is new.
     fn sum(&mut self, of: Expr) -> Expr {
-        let sum = sum_udaf().call(vec![of]);
-        let known = self.list.iter().position(|other| matches!(other, Expr::Alias(a) if *a.expr == sum));
+        self.call(sum_udaf().call(vec![of]))
+    }
+
+    fn call(&mut self, call: Expr) -> Expr {
+        let known = self.list.iter().position(|other| matches!(other, Expr::Alias(a) if *a.expr == call));
         let at = known.unwrap_or_else(|| {
-            let name = format!("__sum{}", self.list.len());
-            self.list.push(sum.alias(name));
+            let name = format!("__call{}", self.list.len());
+            self.list.push(call.alias(name));
             self.list.len() - 1
         });
-        col(format!("__sum{at}"))
+        col(format!("__call{at}"))
     }
 
     /// `None` for what cannot be taken back.
@@ -86,16 +103,32 @@ impl Sums {
         };
         let params = &function.params;
         let [argument] = &params.args[..] else { return Ok(None) };
-        if params.distinct || !params.order_by.is_empty() || params.null_treatment.is_some() {
+        if !params.order_by.is_empty() || params.null_treatment.is_some() {
             return Ok(None);
         }
-        let argument = exact(argument);
+        let extreme = match (function.func.name(), params.distinct) {
+            ("min", _) => Some(LEAST),
+            ("max", _) => Some(GREATEST),
+            ("count", true) => Some(DIFFERENT),
+            (_, true) => return Ok(None),
+            (_, false) => None,
+        };
+        let argument = if extreme.is_some() { argument } else { exact(argument) };
         let there = argument.clone().is_not_null();
         let counted = match &params.filter {
             Some(filter) => there.and(filter.as_ref().clone()),
             None => there,
         };
-        let count = self.sum(when(counted.clone(), lit(1i64)).otherwise(lit(0i64))?);
+        let one = when(counted.clone(), lit(1i64)).otherwise(lit(0i64))?;
+        if let Some(field) = extreme {
+            let kind = held_type(argument.get_type(over.input.schema())?);
+            if !is_orderable(&kind) {
+                return Ok(None);
+            }
+            let held = self.call(extent().call(vec![cast(argument.clone(), kind), one]));
+            return Ok(Some(cast(get_field(held, field), output.clone())));
+        }
+        let count = self.sum(one);
         if function.func.name() == "count" {
             return Ok(Some(count));
         }
