@@ -14,11 +14,14 @@ CREATE VIEW big_spenders AS
 SELECT user_id, sum(amount) AS amount FROM transactions GROUP BY user_id HAVING sum(amount) > 0;
 CREATE VIEW distribution AS
 SELECT total_transactions_count AS n, count(*) AS users, sum(total_transactions_count) AS transactions,
-       avg(user_id) AS mean, count(*) FILTER (WHERE user_id < 1000) AS early
+       avg(user_id) AS mean, count(*) FILTER (WHERE user_id < 1000) AS early, min(user_id) AS first,
+       max(last_at) AS last, count(DISTINCT last_at) AS times
 FROM user_totals GROUP BY total_transactions_count;
 CREATE VIEW counts_seen AS SELECT DISTINCT users FROM distribution;
 CREATE SINK distribution_now FROM distribution
 WITH (connector = 'delta', location = '${LAKE}/distribution_now', mode = 'upsert', key = 'n');
+CREATE SINK distribution_moved FROM distribution
+WITH (connector = 'delta', location = '${LAKE}/distribution_moved', mode = 'upsert', key = 'n', partition_by = 'users');
 CREATE SINK distribution_serving FROM distribution
 WITH (connector = 'redis', url = '${REDIS_URL}', key = 'n', prefix = 'TOPIC-distribution:');
 CREATE SINK counts_changes FROM counts_seen
@@ -27,6 +30,8 @@ CREATE SINK totals_changes FROM user_totals
 WITH (connector = 'delta', location = '${LAKE}/totals_changes', mode = 'changelog');
 CREATE SINK totals_now FROM user_totals
 WITH (connector = 'delta', location = '${LAKE}/totals_now', mode = 'upsert', key = 'user_id');
+CREATE SINK totals_moved FROM user_totals
+WITH (connector = 'delta', location = '${LAKE}/totals_moved', mode = 'upsert', key = 'user_id', partition_by = 'minute(last_at)');
 CREATE SINK spenders_now FROM big_spenders
 WITH (connector = 'delta', location = '${LAKE}/spenders_now', mode = 'upsert', key = 'user_id');
 CREATE SINK totals_serving FROM user_totals
@@ -58,6 +63,7 @@ fn check(case: &Case) {
                   FROM totals_serving ORDER BY user_id";
     assert_eq!(case.query(served), expected, "served");
     assert_eq!(case.query(&served.replace("totals_serving", "totals_now")), expected, "upserted");
+    assert_eq!(case.query(&served.replace("totals_serving", "totals_moved")), expected, "upserted by minute");
     let accumulated = "SELECT user_id, total_transactions_count AS n, round(amount, 2) AS amount, last_at
                        FROM totals_changes GROUP BY 1, 2, 3, 4 HAVING sum(_weight) <> 0 ORDER BY user_id";
     assert_eq!(case.query(accumulated), expected, "accumulated changes");
@@ -65,10 +71,12 @@ fn check(case: &Case) {
                 HAVING sum(_weight) <> 1 OR min(_epoch) < 1)";
     assert_eq!(case.query(more), "n\n0\n", "one row per user holds");
     let distribution = "SELECT n, count(*) AS users, sum(n) AS transactions, avg(user_id) AS mean,
-            count(*) FILTER (WHERE user_id < 1000) AS early
-        FROM (SELECT user_id, count(*) AS n FROM transactions_backup GROUP BY user_id) GROUP BY n ORDER BY n";
-    for sink in ["distribution_now", "distribution_serving"] {
-        let sql = format!("SELECT n, users, transactions, mean, early FROM {sink} ORDER BY n");
+            count(*) FILTER (WHERE user_id < 1000) AS early, min(user_id) AS first, max(last_at) AS last,
+            count(DISTINCT last_at) AS times
+        FROM (SELECT user_id, count(*) AS n, max(event_time) AS last_at FROM transactions_backup GROUP BY user_id) GROUP BY n ORDER BY n";
+    for sink in ["distribution_now", "distribution_moved", "distribution_serving"] {
+        let sql =
+            format!("SELECT n, users, transactions, mean, early, first, last, times FROM {sink} ORDER BY n");
         assert_eq!(case.query(&sql), case.query(distribution), "{sink}: groups of groups");
     }
     let seen = format!("SELECT DISTINCT users FROM ({distribution}) ORDER BY users");
@@ -92,6 +100,10 @@ async fn totals_per_user_are_the_batch_answer() {
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         check(&case);
     }
+    let found = "SELECT user_id, total_transactions_count AS n, last_at, last_at_minute AS minute FROM moved";
+    let expected = "SELECT user_id, count(*) AS n, max(event_time) AS last_at,
+                        date_trunc('minute', max(event_time)) AS minute FROM backup GROUP BY user_id";
+    case.same("backup=transactions_backup,moved=totals_moved", found, expected, 1_000);
 }
 
 /// Lake and state on S3: MERGE and its conditional commits too.

@@ -7,15 +7,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, RecordBatch, UInt32Array};
-use arrow::row::{RowConverter, SortField};
 use async_trait::async_trait;
 use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
 use super::formats::json_encode::JsonEncoder;
-use super::partition::{Partitioning, folder, parse_list, value_text};
+use super::partition::{Partitioning, Splitter, folders, parse_list};
 use super::{AppendSink, files};
 use crate::error::{Error, Result};
 use crate::sql::options::Options;
@@ -38,28 +36,13 @@ impl NdjsonConfig {
         let partition_by = options.string("partition_by")?.map(|list| parse_list(&list)).transpose()?;
         Ok(Self { location, partition_by: partition_by.unwrap_or_default() })
     }
-
-    /// # Errors
-    /// User: a column of `partition_by` is missing or of a type that its transform does not take.
-    pub fn check(&self, schema: &arrow::datatypes::Schema) -> Result<()> {
-        let empty = RecordBatch::new_empty(Arc::new(schema.clone()));
-        for part in &self.partition_by {
-            if schema.index_of(&part.column).is_err() {
-                let names: Vec<_> = schema.fields().iter().map(|field| field.name().as_str()).collect();
-                return Err(Error::user(format!("partition_by names {}, which is no column", part.column))
-                    .hint(format!("Its columns are {}.", names.join(", "))));
-            }
-            part.values(&empty).map_err(|error| {
-                Error::user(format!("partition_by cannot take {}", part.column)).because(error)
-            })?;
-        }
-        Ok(())
-    }
 }
 
 /// The files of one shard.
 pub struct NdjsonSink {
-    config: NdjsonConfig,
+    /// Names of the partition columns.
+    names: Vec<String>,
+    splitter: Splitter,
     store: Arc<dyn ObjectStore>,
     generation: u64,
     shard: usize,
@@ -76,7 +59,10 @@ impl NdjsonSink {
     pub fn open(config: NdjsonConfig, generation: u64, shard: usize) -> Result<Self> {
         let store = files::open(&config.location)?.store;
         let encoder = JsonEncoder::default();
-        Ok(Self { config, store, generation, shard, encoder, open: BTreeMap::new(), full: Vec::new() })
+        let names = config.partition_by.iter().map(Partitioning::name).collect();
+        let splitter = Splitter::new(config.partition_by);
+        let (open, full) = (BTreeMap::new(), Vec::new());
+        Ok(Self { names, splitter, store, generation, shard, encoder, open, full })
     }
 
     /// Removes what older generations wrote for epochs after `epoch`, the last that has a manifest.
@@ -107,26 +93,6 @@ impl NdjsonSink {
         }
         Ok(())
     }
-
-    /// The rows of each folder.
-    fn split(&self, rows: &RecordBatch) -> Result<Vec<(String, UInt32Array)>> {
-        let columns: Vec<ArrayRef> =
-            self.config.partition_by.iter().map(|part| part.values(rows)).collect::<Result<_>>()?;
-        let fields = columns.iter().map(|column| SortField::new(column.data_type().clone())).collect();
-        let keys = RowConverter::new(fields)?.convert_columns(&columns)?;
-        let mut order: Vec<u32> = (0..rows.num_rows() as u32).collect();
-        order.sort_by_key(|row| keys.row(*row as usize));
-        let same = |a: &u32, b: &u32| keys.row(*a as usize) == keys.row(*b as usize);
-        let mut out = Vec::new();
-        for run in order.chunk_by(same) {
-            let mut path = String::new();
-            for (part, column) in self.config.partition_by.iter().zip(&columns) {
-                path.push_str(&folder(&part.name(), value_text(column, run[0] as usize)?.as_deref()));
-            }
-            out.push((path, UInt32Array::from(run.to_vec())));
-        }
-        Ok(out)
-    }
 }
 
 /// Generation and epoch of a file's name.
@@ -142,12 +108,13 @@ impl AppendSink for NdjsonSink {
         if batch.num_rows() == 0 {
             return Ok(());
         }
-        if self.config.partition_by.is_empty() {
-            return self.append(String::new(), batch);
-        }
-        for (folder, rows) in self.split(&batch.rows)? {
-            let part = if rows.len() == batch.num_rows() { batch.clone() } else { batch.take(&rows)? };
-            self.append(folder, &part)?;
+        let parts = self.splitter.split(&batch.rows)?;
+        for part in &parts.list {
+            let folder = folders(&self.names, &parts.values(part)?);
+            match &part.rows {
+                None => self.append(folder, batch)?,
+                Some(rows) => self.append(folder, &batch.take(rows)?)?,
+            }
         }
         Ok(())
     }
@@ -166,7 +133,7 @@ impl AppendSink for NdjsonSink {
 
 #[cfg(test)]
 mod tests {
-    use arrow::array::{Int64Array, StringArray, TimestampMicrosecondArray};
+    use arrow::array::{Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
     use arrow::datatypes::{DataType, Field, Schema};
 
     use super::*;

@@ -1,13 +1,19 @@
-//! `partition_by`: its entries, the partition columns of a batch, and how Delta writes their values.
+//! `partition_by`: its entries and what they take, the rows of each partition, and how Delta writes its values.
 
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, Date32Array, RecordBatch, TimestampMicrosecondArray};
+use arrow::array::{
+    Array, ArrayRef, AsArray, Date32Array, RecordBatch, Scalar, TimestampMicrosecondArray, UInt32Array,
+};
 use arrow::compute::cast;
-use arrow::datatypes::{DataType, Date32Type, Int32Type, TimestampMicrosecondType};
+use arrow::compute::kernels::cmp::not_distinct;
+use arrow::datatypes::{DataType, Date32Type, Field, Int32Type, Schema, TimestampMicrosecondType};
+use arrow::row::{OwnedRow, RowConverter, SortField};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
+use hashbrown::HashMap;
 
 use crate::error::{Error, Result};
+use crate::sql::options::nearest;
 use crate::stream::{civil, timestamp_type};
 
 const DAY: i64 = 86_400_000_000;
@@ -63,7 +69,7 @@ impl Partitioning {
     /// The partition column of a batch whose columns have the types of the table.
     ///
     /// # Errors
-    /// Internal: a column that `DeltaConfig::table_schema` should have refused.
+    /// Internal: a column that [`check`] should have refused.
     pub fn values(&self, rows: &RecordBatch) -> Result<ArrayRef> {
         let column = rows
             .column_by_name(&self.column)
@@ -138,6 +144,152 @@ fn partitioning(text: &str) -> Result<Partitioning> {
     }
 }
 
+/// Whether the columns, of the types in which they are stored, can be partitioned so.
+///
+/// # Errors
+/// User: a column is missing, or of a type that its entry does not take.
+pub fn check(list: &[Partitioning], columns: &Schema) -> Result<()> {
+    for part in list {
+        match columns.field_with_name(&part.column) {
+            Ok(field) => check_type(part, field)?,
+            Err(_) => return Err(unknown_column(part, columns)),
+        }
+    }
+    Ok(())
+}
+
+fn unknown_column(part: &Partitioning, columns: &Schema) -> Error {
+    let known: Vec<String> = columns.fields().iter().map(|field| field.name().clone()).collect();
+    let message = format!("partition_by names {}, which is no column of the rows", part.column);
+    Error::user(message).hint(match nearest(&part.column, &known) {
+        Some(near) => format!("Did you mean {near}?"),
+        None => format!("The columns are {}.", known.join(", ")),
+    })
+}
+
+fn check_type(part: &Partitioning, source: &Field) -> Result<()> {
+    use DataType::{Boolean, Date32, Decimal128, Int8, Int16, Int32, Int64, Timestamp, Utf8};
+    let kind = source.data_type();
+    let fits = match part.transform {
+        Transform::Identity => matches!(
+            kind,
+            Boolean | Int8 | Int16 | Int32 | Int64 | Utf8 | Date32 | Decimal128(_, _) | Timestamp(_, _)
+        ),
+        Transform::Hour | Transform::Minute => matches!(kind, Timestamp(_, _)),
+        Transform::Year | Transform::Month | Transform::Day => matches!(kind, Timestamp(_, _) | Date32),
+    };
+    if fits {
+        return Ok(());
+    }
+    let (wanted, hint) = match part.transform {
+        Transform::Identity => ("a type that can partition a table", "Partition by a text, number or time."),
+        Transform::Hour | Transform::Minute => {
+            ("TIMESTAMP", "Partition by the event time, or by a plain column.")
+        }
+        _ => ("TIMESTAMP or DATE", "Partition by the event time, or by a plain column."),
+    };
+    Err(Error::user(format!("partition_by: {} is {kind}, not {wanted}", part.column)).hint(hint))
+}
+
+/// Splits rows by their partition values.
+pub struct Splitter {
+    list: Vec<Partitioning>,
+    converter: Option<RowConverter>,
+}
+
+/// The partitions of a batch, in the order of their first rows.
+pub struct Parts {
+    columns: Vec<ArrayRef>,
+    pub list: Vec<Part>,
+}
+
+/// The rows of one partition.
+pub struct Part {
+    /// The partition values; `None` without `partition_by`.
+    pub key: Option<OwnedRow>,
+    /// A row of it.
+    first: usize,
+    /// Its rows in their order; `None` where the batch has no others.
+    pub rows: Option<UInt32Array>,
+}
+
+impl Splitter {
+    pub fn new(list: Vec<Partitioning>) -> Self {
+        Self { list, converter: None }
+    }
+
+    /// The partitions of a batch that has rows, in columns of the types that [`check`] saw.
+    ///
+    /// # Errors
+    /// Internal: other columns.
+    pub fn split(&mut self, rows: &RecordBatch) -> Result<Parts> {
+        let columns = self.list.iter().map(|part| part.values(rows)).collect::<Result<Vec<_>>>()?;
+        if columns.is_empty() {
+            return Ok(Parts { columns, list: vec![Part { key: None, first: 0, rows: None }] });
+        }
+        let converter = self.converter(&columns)?;
+        if uniform(&columns)? {
+            let first: Vec<ArrayRef> = columns.iter().map(|column| column.slice(0, 1)).collect();
+            let key = Some(converter.convert_columns(&first)?.row(0).owned());
+            return Ok(Parts { columns, list: vec![Part { key, first: 0, rows: None }] });
+        }
+        let keys = converter.convert_columns(&columns)?;
+        let mut found = HashMap::new();
+        let mut groups: Vec<(usize, Vec<u32>)> = Vec::new();
+        // Rows come nearly in order of time, so most stay in the group of the row before.
+        let mut last = None;
+        for (row, key) in keys.iter().enumerate() {
+            let group = match last {
+                Some((at, known)) if known == key => at,
+                _ => *found.entry(key).or_insert_with(|| {
+                    groups.push((row, Vec::new()));
+                    groups.len() - 1
+                }),
+            };
+            last = Some((group, key));
+            groups[group].1.push(row as u32);
+        }
+        let part = |(first, picked): (usize, Vec<u32>)| Part {
+            key: Some(keys.row(first).owned()),
+            first,
+            rows: Some(UInt32Array::from(picked)),
+        };
+        let list = groups.into_iter().map(part).collect();
+        Ok(Parts { columns, list })
+    }
+
+    fn converter(&mut self, columns: &[ArrayRef]) -> Result<&mut RowConverter> {
+        match &mut self.converter {
+            Some(converter) => Ok(converter),
+            empty => {
+                let fields = columns.iter().map(|c| SortField::new(c.data_type().clone())).collect();
+                Ok(empty.insert(RowConverter::new(fields)?))
+            }
+        }
+    }
+}
+
+impl Parts {
+    /// The values of a partition as the Delta protocol writes them.
+    ///
+    /// # Errors
+    /// As [`value_text`].
+    pub fn values(&self, part: &Part) -> Result<Vec<Option<String>>> {
+        self.columns.iter().map(|column| value_text(column, part.first)).collect()
+    }
+}
+
+/// Whether all rows have the partition values of the first.
+fn uniform(columns: &[ArrayRef]) -> Result<bool> {
+    for column in columns {
+        let same = not_distinct(column, &Scalar::new(column.slice(0, 1)))?;
+        if same.true_count() != column.len() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 fn first_of_month(day: i64) -> i32 {
     (day - i64::from(civil(day).2) + 1) as i32
 }
@@ -172,8 +324,12 @@ pub fn value_text(column: &ArrayRef, row: usize) -> Result<Option<String>> {
     Ok(Some(text).filter(|text| !text.is_empty()))
 }
 
-/// `name=value/`, as Hive names folders.
-pub fn folder(name: &str, value: Option<&str>) -> String {
+/// `name=value/name=value/`, as Hive names folders.
+pub fn folders<'a>(names: impl IntoIterator<Item = &'a String>, values: &[Option<String>]) -> String {
+    names.into_iter().zip(values).map(|(name, value)| folder(name, value.as_deref())).collect()
+}
+
+fn folder(name: &str, value: Option<&str>) -> String {
     match value {
         None => format!("{}=__HIVE_DEFAULT_PARTITION__/", encode(name)),
         Some(value) => format!("{}={}/", encode(name), encode(value)),

@@ -13,9 +13,10 @@
 //! window, its time is the window's.
 //!
 //! # Rows that come with weights
-//! Above another GROUP BY rows are taken back. Then every call is a sum of integers or decimals that are never NULL,
-//! times the weight, and one of them counts the rows ([`GroupSpec::total`]); the plan makes `count`, `sum` and `avg` of
-//! such sums. A group whose rows are all taken back is gone: deleted in `changes` and in `latest`.
+//! Above another GROUP BY rows are taken back. Then the last argument of every call is an integer or decimal that is never
+//! NULL, and is taken times the weight; every call is a sum, of which one counts the rows ([`GroupSpec::total`]), or an
+//! [`extent`]. The plan makes `count`, `sum` and `avg` of sums, `min`, `max` and `count(DISTINCT …)` of extents. A group
+//! whose rows are all taken back is gone: deleted in `changes` and in `latest`.
 //!
 //! # State
 //! Per key one row: key columns, results, the partial states of the aggregates, the order key. Any aggregate of
@@ -29,6 +30,7 @@
 //! same table. The layout of partial states is DataFusion's: its schema is stored with them, and another one is
 //! refused at restore.
 
+pub mod extent;
 mod panes;
 #[cfg(test)]
 mod tests;
@@ -75,8 +77,8 @@ pub struct GroupSpec {
     pub exchange: Vec<usize>,
     /// The key that closes groups.
     pub closing: Option<Closing>,
-    /// Rows may come with weights: every call is a sum of a number that is never NULL, and this one counts the rows. A
-    /// group without rows is gone.
+    /// Rows may come with weights: the last argument of every call is a number that is never NULL, taken times the weight,
+    /// and this call counts the rows. A group without rows is gone.
     pub total: Option<usize>,
     pub want_final: bool,
     pub want_changes: bool,
@@ -248,11 +250,11 @@ impl Group {
         let mut results = Vec::with_capacity(self.spec.calls.len());
         let mut states = Vec::new();
         for (call, range) in self.spec.calls.iter().zip(&self.partials) {
-            let arguments: Vec<ArrayRef> = call
-                .arguments
-                .iter()
-                .map(|column| weighted(batch.rows.column(*column), batch.weights.as_ref()))
-                .collect::<Result<_>>()?;
+            let mut arguments: Vec<ArrayRef> =
+                call.arguments.iter().map(|column| Arc::clone(batch.rows.column(*column))).collect();
+            if let (Some(last), Some(weights)) = (arguments.last_mut(), &batch.weights) {
+                *last = weighted(last, weights)?;
+            }
             let filter = call.filter.map(|column| batch.rows.column(column).as_boolean());
             let mut partial = accumulator(&call.function)?;
             partial.update_batch(&arguments, groups, filter, count)?;
@@ -426,8 +428,7 @@ impl Group {
 }
 
 /// A column of numbers times the rows' weights.
-fn weighted(column: &ArrayRef, weights: Option<&Int64Array>) -> Result<ArrayRef> {
-    let Some(weights) = weights else { return Ok(Arc::clone(column)) };
+fn weighted(column: &ArrayRef, weights: &Int64Array) -> Result<ArrayRef> {
     let overflow = || Error::user("a sum does not fit its type");
     if let Some(decimals) = column.as_primitive_opt::<Decimal128Type>() {
         let times =

@@ -13,7 +13,7 @@ use crate::operators::group::{Aggregate, Closing, GroupSpec};
 use crate::plan::closing::Closes;
 use crate::plan::lower::{Emission, Lowered, Lowering, column_at};
 use crate::plan::prepared::Prepared;
-use crate::plan::retract::{is_made, retractable, retractable_distinct};
+use crate::plan::retract::retractable;
 use crate::plan::{Edge, NodeKind};
 use crate::stream::Port;
 
@@ -21,7 +21,8 @@ use crate::stream::Port;
 const ORDER_DEPENDENT: [&str; 5] = ["array_agg", "first_value", "last_value", "nth_value", "string_agg"];
 
 impl Lowering<'_> {
-    /// GROUP BY: keys, arguments and filters become columns below; HAVING is a filter above.
+    /// GROUP BY: keys, arguments and filters become columns below; HAVING is a filter above. Over rows that change it
+    /// becomes sums that rows can be taken back from, and a projection over them.
     pub(super) fn group(
         &mut self,
         aggregate: &logical::Aggregate,
@@ -29,73 +30,57 @@ impl Lowering<'_> {
         view: &str,
         place: &Place,
     ) -> Result<Lowered> {
-        let names: Vec<_> = aggregate.schema.as_arrow().fields().iter().map(|f| f.name().clone()).collect();
-        if self.changes_below(&aggregate.input, e, view, place)? && !is_made(aggregate) {
-            return self.step(&retractable(aggregate, view, place)?, e, false, view, place);
+        let before = self.plan.nodes.len();
+        let input = self.below_group(&aggregate.input, e, false, view, place)?;
+        if input.updating {
+            let (sums, above) = retractable(aggregate, view, place)?;
+            let (spec, input) = self.group_spec(&sums, Some(0), &input, view, place)?;
+            let grouped = self.add_group(spec, e, &names(&sums), &input, view);
+            return self.project(&above, &grouped, view);
         }
-        self.closing(view, &names, e, |lowering, closes| {
-            let below = &aggregate.input;
-            let input = lowering.below_group(below, e, closes, view, place)?;
-            let mut prepared = Prepared::new(lowering, below, &input, view, place);
-            let keys =
-                aggregate.group_expr.iter().map(|key| prepared.key(key)).collect::<Result<Vec<_>>>()?;
-            let fields = aggregate.schema.as_arrow().fields();
-            let calls = aggregate.aggr_expr.iter().zip(&fields[keys.len()..]);
-            let calls =
-                calls.map(|(call, output)| prepared.aggregate(call, output)).collect::<Result<Vec<_>>>()?;
-            let (input, _) = prepared.finish();
-            let schema = Arc::clone(&lowering.plan.nodes[input.node].schema);
-            let calls = calls.into_iter().map(|call| call.build(&schema)).collect::<Result<Vec<_>>>()?;
-            let spec = spec_of(schema, keys, calls, &input);
-            Ok((GroupSpec { total: is_made(aggregate).then_some(0), ..spec }, input))
-        })
-    }
-
-    /// Whether the rows of a plan come with weights.
-    fn changes_below(&mut self, below: &LogicalPlan, e: Emission, view: &str, place: &Place) -> Result<bool> {
-        if !contains_group(below) {
-            return Ok(false);
+        let (mut spec, mut input) = self.group_spec(aggregate, None, &input, view, place)?;
+        // That a group closes is known only now: its rows are lowered again, without late ones (DESIGN §3 *Late*). Below
+        // another group that one has seen to it.
+        if spec.closing.is_some() && !contains_group(&aggregate.input) {
+            self.plan.nodes.truncate(before);
+            input = self.below_group(&aggregate.input, e, true, view, place)?;
+            (spec, input) = self.group_spec(aggregate, None, &input, view, place)?;
         }
-        let below_e = if e == Emission::Latest { Emission::Changes } else { e };
-        Ok(self.scratch().step(below, below_e, false, view, place)?.updating)
+        Ok(self.add_group(spec, e, &names(aggregate), &input, view))
     }
 
     /// DISTINCT is a GROUP BY of all columns without aggregates.
     pub(super) fn distinct(
         &mut self,
-        below: &LogicalPlan,
+        below: &Arc<LogicalPlan>,
         e: Emission,
         view: &str,
         place: &Place,
     ) -> Result<Lowered> {
-        let names: Vec<_> = below.schema().as_arrow().fields().iter().map(|f| f.name().clone()).collect();
-        if self.changes_below(below, e, view, place)? {
-            return self.step(&retractable_distinct(below)?, e, false, view, place);
-        }
-        self.closing(view, &names, e, |lowering, closes| {
-            let input = lowering.below_group(below, e, closes, view, place)?;
-            let schema = Arc::clone(&lowering.plan.nodes[input.node].schema);
-            let keys = (0..schema.fields().len()).collect();
-            Ok((spec_of(schema, keys, Vec::new(), &input), input))
-        })
+        let columns = below.schema().columns().into_iter().map(Expr::Column).collect();
+        let aggregate = logical::Aggregate::try_new(Arc::clone(below), columns, Vec::new())?;
+        self.group(&aggregate, e, view, place)
     }
 
-    /// Whether a group closes is known once its input is lowered; if so, its input is lowered again, without late rows
-    /// (DESIGN §3 *Late*).
-    fn closing(
+    /// The group and the rows that it reads: those of `input` with helper columns.
+    fn group_spec(
         &mut self,
+        aggregate: &logical::Aggregate,
+        total: Option<usize>,
+        input: &Lowered,
         view: &str,
-        names: &[String],
-        e: Emission,
-        lower: impl Fn(&mut Self, bool) -> Result<(GroupSpec, Lowered)>,
-    ) -> Result<Lowered> {
-        let before = self.plan.nodes.len();
-        let (mut spec, mut input) = lower(self, false)?;
-        if spec.closing.is_some() {
-            self.plan.nodes.truncate(before);
-            (spec, input) = lower(self, true)?;
-        }
-        Ok(self.add_group(spec, e, names, &input, view))
+        place: &Place,
+    ) -> Result<(GroupSpec, Lowered)> {
+        let mut prepared = Prepared::new(self, &aggregate.input, input, view, place);
+        let keys = aggregate.group_expr.iter().map(|key| prepared.key(key)).collect::<Result<Vec<_>>>()?;
+        let fields = aggregate.schema.as_arrow().fields();
+        let calls = aggregate.aggr_expr.iter().zip(&fields[keys.len()..]);
+        let calls =
+            calls.map(|(call, output)| prepared.aggregate(call, output)).collect::<Result<Vec<_>>>()?;
+        let (input, _) = prepared.finish();
+        let schema = Arc::clone(&self.plan.nodes[input.node].schema);
+        let calls = calls.into_iter().map(|call| call.build(&schema)).collect::<Result<Vec<_>>>()?;
+        Ok((GroupSpec { total, ..spec_of(schema, keys, calls, &input) }, input))
     }
 
     /// The rows that are grouped. Rows of a window below can be grouped again once they are final.
@@ -178,6 +163,10 @@ impl Lowering<'_> {
             branches: 1,
         }
     }
+}
+
+fn names(aggregate: &logical::Aggregate) -> Vec<String> {
+    aggregate.schema.as_arrow().fields().iter().map(|field| field.name().clone()).collect()
 }
 
 /// The key that closes first.

@@ -240,6 +240,16 @@ impl<'a> Lowering<'a> {
         place: &Place,
     ) -> Result<Lowered> {
         let input = self.step(&projection.input, e, closes, view, place)?;
+        self.project(projection, &input, view)
+    }
+
+    /// A projection of rows that are lowered already.
+    pub(super) fn project(
+        &mut self,
+        projection: &Projection,
+        input: &Lowered,
+        view: &str,
+    ) -> Result<Lowered> {
         let exprs: Vec<Arc<dyn PhysicalExpr>> = projection
             .expr
             .iter()
@@ -252,8 +262,8 @@ impl<'a> Lowering<'a> {
         let closes = exprs.iter().map(|expr| self.closes(expr, input.node, &input.closes)).collect();
         let schema = plain_schema(projection.schema.as_arrow());
         let kind = NodeKind::Project { exprs, view: view.into() };
-        let node = self.chain(view, "project", kind, &input, schema);
-        Ok(Lowered { node, time, keys, dealt, closes, ..input })
+        let node = self.chain(view, "project", kind, input, schema);
+        Ok(Lowered { node, time, keys, dealt, closes, ..input.clone() })
     }
 
     /// UNION ALL: the branches are stateless, so their rows meet in the task that read them.

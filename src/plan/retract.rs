@@ -1,31 +1,35 @@
-//! GROUP BY over rows that change: `count`, `sum` and `avg` made of sums that rows can be taken back from.
+//! GROUP BY over rows that change: its aggregates made of sums and extents that rows can be taken back from.
 //!
 //! The aggregate is rewritten to sums of numbers that are never NULL, and a projection over them: `count(x)` is the sum
 //! of 1 where x is there, `sum(x)` the sum of x, NULL where `count(x)` is 0, `avg(x)` their quotient; FILTER becomes part
-//! of what is summed. Integers and decimals only: they are exact, so what is taken back leaves no trace.
+//! of what is summed. Integers and decimals only: they are exact, so what is taken back leaves no trace. `min(x)`,
+//! `max(x)` and `count(DISTINCT x)` are fields of one [`extent`], of any type that has an order.
+
+use std::sync::Arc;
 
 use arrow::datatypes::DataType;
 use datafusion::common::ScalarValue;
+use datafusion::functions::core::expr_fn::get_field;
 use datafusion::functions_aggregate::sum::sum_udaf;
 use datafusion::logical_expr::{
-    self as logical, Expr, ExprSchemable, LogicalPlan, LogicalPlanBuilder, cast, col, lit, when,
+    self as logical, Expr, ExprSchemable, LogicalPlan, Projection, cast, col, lit, when,
 };
 
 use crate::error::{Error, Place, Result};
+use crate::operators::group::extent::{DIFFERENT, GREATEST, LEAST, extent, is_orderable};
 
 /// Name of the sum that counts the rows of a group; it comes first.
 const ROWS: &str = "__rows";
 
-/// Whether an aggregate is one that [`retractable`] made.
-pub(super) fn is_made(aggregate: &logical::Aggregate) -> bool {
-    matches!(aggregate.aggr_expr.first(), Some(Expr::Alias(alias)) if alias.name == ROWS)
-}
-
-/// The aggregate as a projection over sums.
+/// The aggregate as sums and a projection over them.
 ///
 /// # Errors
 /// User: an aggregate that rows cannot be taken back from.
-pub(super) fn retractable(aggregate: &logical::Aggregate, view: &str, place: &Place) -> Result<LogicalPlan> {
+pub(super) fn retractable(
+    aggregate: &logical::Aggregate,
+    view: &str,
+    place: &Place,
+) -> Result<(logical::Aggregate, Projection)> {
     let mut sums = Sums { list: vec![sum_udaf().call(vec![lit(1i64)]).alias(ROWS)] };
     let fields = aggregate.schema.as_arrow().fields();
     let keys = aggregate.group_expr.len();
@@ -33,8 +37,8 @@ pub(super) fn retractable(aggregate: &logical::Aggregate, view: &str, place: &Pl
     for (call, field) in aggregate.aggr_expr.iter().zip(&fields[keys..]) {
         let made = sums.made(call, field.data_type(), aggregate)?;
         let made = made.ok_or_else(|| {
-            let hint = "count, sum and avg of integers and decimals can be taken back; or group the source's rows by \
-                        the final key in one step.";
+            let hint = "count, min, max, and sum and avg of integers and decimals can be taken back; or group the \
+                        source's rows by the final key in one step.";
             let place = crate::sql::place::find_word(place, "GROUP").unwrap_or_else(|| place.clone());
             Error::user(format!("{view}: {call} over rows that still change cannot run as a stream yet"))
                 .hint(hint)
@@ -42,22 +46,13 @@ pub(super) fn retractable(aggregate: &logical::Aggregate, view: &str, place: &Pl
         })?;
         above.push(made.alias(field.name()));
     }
-    let below = LogicalPlanBuilder::from(aggregate.input.as_ref().clone());
-    let grouped = below.aggregate(aggregate.group_expr.clone(), sums.list)?.build()?;
-    let columns = grouped.schema().columns();
+    let grouped =
+        logical::Aggregate::try_new(Arc::clone(&aggregate.input), aggregate.group_expr.clone(), sums.list)?;
+    let columns = grouped.schema.columns();
     let keys = columns[..keys].iter().cloned().map(Expr::Column);
-    Ok(LogicalPlanBuilder::from(grouped.clone()).project(keys.chain(above).collect::<Vec<_>>())?.build()?)
-}
-
-/// DISTINCT over rows that change.
-///
-/// # Errors
-/// Internal, from DataFusion.
-pub(super) fn retractable_distinct(below: &LogicalPlan) -> Result<LogicalPlan> {
-    let columns: Vec<Expr> = below.schema().columns().into_iter().map(Expr::Column).collect();
-    let rows = sum_udaf().call(vec![lit(1i64)]).alias(ROWS);
-    let grouped = LogicalPlanBuilder::from(below.clone()).aggregate(columns.clone(), vec![rows])?;
-    Ok(grouped.project(columns)?.build()?)
+    let above = keys.chain(above).collect();
+    let above = Projection::try_new(above, Arc::new(LogicalPlan::Aggregate(grouped.clone())))?;
+    Ok((grouped, above))
 }
 
 /// The planner gives `avg` doubles, also of integers.
@@ -68,6 +63,17 @@ fn exact(argument: &Expr) -> &Expr {
     }
 }
 
+/// The type in which an extent holds values: views of strings would hold on to the batches that they came in.
+fn held_type(kind: DataType) -> DataType {
+    match kind {
+        DataType::Utf8View | DataType::LargeUtf8 => DataType::Utf8,
+        DataType::BinaryView | DataType::LargeBinary => DataType::Binary,
+        DataType::Dictionary(_, value) => held_type(*value),
+        other => other,
+    }
+}
+
+/// The calls that the aggregates are made of.
 struct Sums {
     list: Vec<Expr>,
 }
@@ -75,14 +81,17 @@ struct Sums {
 impl Sums {
     /// The column of a sum, added if it is new.
     fn sum(&mut self, of: Expr) -> Expr {
-        let sum = sum_udaf().call(vec![of]);
-        let known = self.list.iter().position(|other| matches!(other, Expr::Alias(a) if *a.expr == sum));
+        self.call(sum_udaf().call(vec![of]))
+    }
+
+    fn call(&mut self, call: Expr) -> Expr {
+        let known = self.list.iter().position(|other| matches!(other, Expr::Alias(a) if *a.expr == call));
         let at = known.unwrap_or_else(|| {
-            let name = format!("__sum{}", self.list.len());
-            self.list.push(sum.alias(name));
+            let name = format!("__call{}", self.list.len());
+            self.list.push(call.alias(name));
             self.list.len() - 1
         });
-        col(format!("__sum{at}"))
+        col(format!("__call{at}"))
     }
 
     /// `None` for what cannot be taken back.
@@ -94,16 +103,32 @@ impl Sums {
         };
         let params = &function.params;
         let [argument] = &params.args[..] else { return Ok(None) };
-        if params.distinct || !params.order_by.is_empty() || params.null_treatment.is_some() {
+        if !params.order_by.is_empty() || params.null_treatment.is_some() {
             return Ok(None);
         }
-        let argument = exact(argument);
+        let extreme = match (function.func.name(), params.distinct) {
+            ("min", _) => Some(LEAST),
+            ("max", _) => Some(GREATEST),
+            ("count", true) => Some(DIFFERENT),
+            (_, true) => return Ok(None),
+            (_, false) => None,
+        };
+        let argument = if extreme.is_some() { argument } else { exact(argument) };
         let there = argument.clone().is_not_null();
         let counted = match &params.filter {
             Some(filter) => there.and(filter.as_ref().clone()),
             None => there,
         };
-        let count = self.sum(when(counted.clone(), lit(1i64)).otherwise(lit(0i64))?);
+        let one = when(counted.clone(), lit(1i64)).otherwise(lit(0i64))?;
+        if let Some(field) = extreme {
+            let kind = held_type(argument.get_type(over.input.schema())?);
+            if !is_orderable(&kind) {
+                return Ok(None);
+            }
+            let held = self.call(extent().call(vec![cast(argument.clone(), kind), one]));
+            return Ok(Some(cast(get_field(held, field), output.clone())));
+        }
+        let count = self.sum(one);
         if function.func.name() == "count" {
             return Ok(Some(count));
         }

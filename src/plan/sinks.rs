@@ -15,6 +15,7 @@ use crate::connectors::delta::DeltaConfig;
 use crate::connectors::kafka::KafkaSinkConfig;
 use crate::connectors::memory::MemoryStore;
 use crate::connectors::ndjson::NdjsonConfig;
+use crate::connectors::partition;
 #[cfg(feature = "redis")]
 use crate::connectors::redis::RedisConfig;
 use crate::connectors::reference::{self, Role};
@@ -354,10 +355,10 @@ fn connector_of(
     match connector {
         #[cfg(feature = "delta")]
         "delta" => {
-            let partition = options.place("partition_by").unwrap_or_else(|| sink.place.clone());
+            let place = options.place("partition_by").unwrap_or_else(|| sink.place.clone());
             let config = DeltaConfig::from_options(options).map_err(placed)?;
             let stored = config.stored_rows(schema).map_err(placed)?;
-            config.table_schema(&stored).map_err(|error| error.at(partition))?;
+            config.table_schema(&stored).map_err(|error| error.at(place))?;
             let key = config.mode.key().to_vec();
             Ok((SinkKind::Delta(config), key))
         }
@@ -380,9 +381,9 @@ fn connector_of(
             Ok((SinkKind::Kafka(config), key))
         }
         "ndjson" => {
-            let partition = options.place("partition_by").unwrap_or_else(|| sink.place.clone());
+            let place = options.place("partition_by").unwrap_or_else(|| sink.place.clone());
             let config = NdjsonConfig::from_options(options).map_err(placed)?;
-            config.check(schema).map_err(|error| error.at(partition))?;
+            partition::check(&config.partition_by, schema).map_err(|error| error.at(place))?;
             Ok((SinkKind::Ndjson(config), Vec::new()))
         }
         "console" => {

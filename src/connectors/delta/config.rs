@@ -8,9 +8,9 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 
-use crate::connectors::partition::{Partitioning, Transform, parse_list};
+use crate::connectors::partition::{self, Partitioning, Transform, parse_list};
 use crate::error::{Error, Result};
-use crate::sql::options::{Options, nearest};
+use crate::sql::options::Options;
 use crate::stream::{ChangeBatch, timestamp_type};
 
 /// Characters that a column name of a Delta table cannot have (without column mapping).
@@ -88,10 +88,6 @@ impl DeltaConfig {
             }
             Some(_) => Mode::Changelog,
         };
-        if matches!(mode, Mode::Upsert { .. }) && !partition_by.is_empty() {
-            return Err(Error::user("partition_by with mode = 'upsert' cannot run yet")
-                .hint("Leave partition_by out: a row whose partition changes would have to move."));
-        }
         Ok(Self { location, partition_by, target_file_size, codec, mode })
     }
 
@@ -111,15 +107,9 @@ impl DeltaConfig {
             })?;
             fields.push(Field::new(field.name(), stored, true));
         }
-        let count = fields.len();
-        for part in &self.partition_by {
-            let source = fields[..count].iter().find(|field| *field.name() == part.column);
-            let source = source.ok_or_else(|| unknown_column(part, rows))?;
-            check_partitioning(part, source)?;
-            if part.transform != Transform::Identity {
-                fields.push(Field::new(part.name(), part.data_type(), true));
-            }
-        }
+        partition::check(&self.partition_by, &Schema::new(fields.clone()))?;
+        let added = self.partition_by.iter().filter(|part| part.transform != Transform::Identity);
+        fields.extend(added.map(|part| Field::new(part.name(), part.data_type(), true)));
         check_duplicates(&fields)?;
         let plain = |field: &Field| self.partition_by.iter().any(|part| part.name() == *field.name());
         if fields.iter().all(plain) {
@@ -172,39 +162,6 @@ impl DeltaConfig {
     pub fn partition_names(&self) -> Vec<String> {
         self.partition_by.iter().map(Partitioning::name).collect()
     }
-}
-
-fn unknown_column(part: &Partitioning, rows: &Schema) -> Error {
-    let known: Vec<String> = rows.fields().iter().map(|field| field.name().clone()).collect();
-    let message = format!("partition_by names {}, which is no column of the rows", part.column);
-    Error::user(message).hint(match nearest(&part.column, &known) {
-        Some(near) => format!("Did you mean {near}?"),
-        None => format!("The columns are {}.", known.join(", ")),
-    })
-}
-
-fn check_partitioning(part: &Partitioning, source: &Field) -> Result<()> {
-    use DataType::{Boolean, Date32, Decimal128, Int8, Int16, Int32, Int64, Timestamp, Utf8};
-    let kind = source.data_type();
-    let fits = match part.transform {
-        Transform::Identity => matches!(
-            kind,
-            Boolean | Int8 | Int16 | Int32 | Int64 | Utf8 | Date32 | Decimal128(_, _) | Timestamp(_, _)
-        ),
-        Transform::Hour | Transform::Minute => matches!(kind, Timestamp(_, _)),
-        Transform::Year | Transform::Month | Transform::Day => matches!(kind, Timestamp(_, _) | Date32),
-    };
-    if fits {
-        return Ok(());
-    }
-    let (wanted, hint) = match part.transform {
-        Transform::Identity => ("a type that can partition a table", "Partition by a text, number or time."),
-        Transform::Hour | Transform::Minute => {
-            ("TIMESTAMP", "Partition by the event time, or by a plain column.")
-        }
-        _ => ("TIMESTAMP or DATE", "Partition by the event time, or by a plain column."),
-    };
-    Err(Error::user(format!("partition_by: {} is {kind}, not {wanted}", part.column)).hint(hint))
 }
 
 fn check_name(name: &str) -> Result<()> {

@@ -2,6 +2,7 @@
 
 mod commits;
 mod readers;
+mod upserts;
 mod writing;
 
 use std::sync::Arc;

@@ -5,10 +5,14 @@
 //! that is there is replaced or deleted, another one inserted. The commit carries the epoch as application transaction,
 //! so replaying it does nothing, and a MERGE that another writer overtook is made again on the new table. Staged files
 //! are removed once their commit is acknowledged.
+//!
+//! With `partition_by` a row whose partition values have changed moves: its key is looked for in all partitions, but for
+//! those whose values follow from the key. The empty text in a partition column becomes NULL, as the protocol cannot tell
+//! them apart; a key of it is found again, as no key column is NULL.
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, BooleanArray, RecordBatch};
+use arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray};
 use arrow::compute::concat_batches;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::common::{Column, TableReference};
@@ -25,6 +29,7 @@ use super::PreparedFile;
 use super::config::DeltaConfig;
 use super::store::failed;
 use crate::connectors::files::{Located, open};
+use crate::connectors::partition::{Partitioning, Transform};
 use crate::error::{Error, Result};
 
 /// A BOOLEAN column of staged rows: the key is to be deleted.
@@ -37,6 +42,7 @@ pub struct Stager {
     /// Columns of the table, then [`DELETED`].
     schema: SchemaRef,
     tag: String,
+    partition_by: Vec<Partitioning>,
 }
 
 impl Stager {
@@ -50,7 +56,7 @@ impl Stager {
         let fields: Vec<_> = table.fields().iter().cloned().chain([deleted]).collect();
         let located = open(&config.location)?;
         let (location, schema) = (config.location.clone(), Arc::new(Schema::new(fields)));
-        Ok(Self { located, location, schema, tag })
+        Ok(Self { located, location, schema, tag, partition_by: config.partition_by.clone() })
     }
 
     /// Stages the rows to put and the rows whose keys are to be deleted.
@@ -90,9 +96,26 @@ impl Stager {
             if same { Ok(Arc::clone(column)) } else { arrow::compute::cast(column, field.data_type()) }
         });
         let mut columns = columns.collect::<Result<Vec<ArrayRef>, _>>()?;
+        let stored = Schema::new(fields[..columns.len()].to_vec());
+        let stored = RecordBatch::try_new(Arc::new(stored), columns.clone())?;
+        for part in &self.partition_by {
+            let values = part.values(&stored)?;
+            match (part.transform, values.as_string_opt::<i32>()) {
+                (Transform::Identity, Some(texts)) => {
+                    columns[stored.schema().index_of(&part.column)?] = Arc::new(without_empty(texts));
+                }
+                (Transform::Identity, None) => {}
+                _ => columns.push(values),
+            }
+        }
         columns.push(Arc::new(BooleanArray::from(vec![deleted; batch.num_rows()])));
         Ok(RecordBatch::try_new(Arc::clone(&self.schema), columns)?)
     }
+}
+
+/// NULL for the empty text.
+fn without_empty(texts: &StringArray) -> StringArray {
+    texts.iter().map(|text| text.filter(|text| !text.is_empty())).collect()
 }
 
 /// The rows of staged files.
@@ -126,6 +149,27 @@ pub async fn clean(located: &Located, files: &[PreparedFile]) {
     }
 }
 
+fn of(side: &str, name: &str) -> Expr {
+    Expr::Column(Column::new(Some(TableReference::bare(side)), name))
+}
+
+/// Whether a row of the table has the key of a staged one.
+fn same_key(config: &DeltaConfig, staged: &Schema) -> Result<Expr> {
+    let key = config.mode.key();
+    let by_key = config.partition_by.iter().filter(|part| key.contains(&part.column));
+    // A partition that follows from the key: others need not be read.
+    let made = by_key.clone().filter(|part| part.transform != Transform::Identity).map(Partitioning::name);
+    let same = key.iter().cloned().chain(made).map(|name| {
+        let equal = of("target", &name).eq(of("source", &name));
+        let text = staged.field_with_name(&name).is_ok_and(|field| *field.data_type() == DataType::Utf8);
+        match text && by_key.clone().any(|part| part.name() == name) {
+            true => equal.or(of("target", &name).is_null().and(of("source", &name).is_null())),
+            false => equal,
+        }
+    });
+    same.reduce(Expr::and).ok_or_else(|| Error::internal("a merge without key"))
+}
+
 /// Merges rows into a loaded table under the given transactions; returns the new version.
 ///
 /// # Errors
@@ -140,10 +184,8 @@ pub async fn merge(
     let Some(first) = rows.first() else { return Err(Error::internal("a merge without rows")) };
     let names: Vec<String> = first.schema().fields().iter().map(|field| field.name().clone()).collect();
     let columns: Vec<String> = names.into_iter().filter(|name| name != DELETED).collect();
+    let same = same_key(config, &first.schema())?;
     let source = SessionContext::new().read_batches(rows)?;
-    let of = |side: &str, name: &str| Expr::Column(Column::new(Some(TableReference::bare(side)), name));
-    let same = config.mode.key().iter().map(|key| of("target", key).eq(of("source", key)));
-    let same = same.reduce(Expr::and).ok_or_else(|| Error::internal("a merge without key"))?;
     let transactions =
         transactions.into_iter().map(|(app, version)| Transaction::new(app, version)).collect();
     let properties =

@@ -6,11 +6,10 @@
 
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, RecordBatch, Scalar, UInt32Array};
-use arrow::compute::kernels::cmp::not_distinct;
+use arrow::array::{ArrayRef, RecordBatch};
 use arrow::compute::{CastOptions, cast_with_options, take_record_batch};
 use arrow::datatypes::{Schema, SchemaRef};
-use arrow::row::{OwnedRow, RowConverter, SortField};
+use arrow::row::OwnedRow;
 use arrow::util::display::FormatOptions;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -27,7 +26,7 @@ use super::PreparedFile;
 use super::config::{Codec, DeltaConfig};
 use super::stats::{Floats, stats_of};
 use crate::connectors::files::{Located, open};
-use crate::connectors::partition::{folder, uri, value_text};
+use crate::connectors::partition::{Part, Parts, Splitter, folders, uri};
 use crate::error::{Error, Result};
 use crate::stream::clock::Clock;
 
@@ -42,7 +41,8 @@ const UPLOADS: usize = 4;
 
 /// Writes the rows of one shard.
 pub struct DeltaWriter {
-    config: DeltaConfig,
+    /// Bytes at which a file is closed within an epoch.
+    target_file_size: usize,
     uploads: Arc<Uploads>,
     /// Columns of the rows in the types of the table.
     stored: SchemaRef,
@@ -50,7 +50,7 @@ pub struct DeltaWriter {
     inside: Vec<usize>,
     inside_schema: SchemaRef,
     properties: WriterProperties,
-    converter: Option<RowConverter>,
+    splitter: Splitter,
     /// By the partition values; `None` when the table has no partitions.
     open: HashMap<Option<OwnedRow>, OpenFile>,
     open_bytes: usize,
@@ -107,14 +107,15 @@ impl DeltaWriter {
         let properties = properties(config.codec, &inside_schema)?;
         let (location, codec) = (config.location.clone(), config.codec);
         let uploads = Arc::new(Uploads { located, location, codec, names, tag, clock: Clock });
+        let splitter = Splitter::new(config.partition_by);
         Ok(Self {
-            config,
+            target_file_size: config.target_file_size,
             uploads,
             stored,
             inside,
             inside_schema,
             properties,
-            converter: None,
+            splitter,
             open: HashMap::new(),
             open_bytes: 0,
             closed: Vec::new(),
@@ -131,20 +132,13 @@ impl DeltaWriter {
             return Ok(());
         }
         let rows = self.stored_rows(rows)?;
-        let columns =
-            self.config.partition_by.iter().map(|part| part.values(&rows)).collect::<Result<Vec<_>>>()?;
+        let parts = self.splitter.split(&rows)?;
         let inside = rows.project(&self.inside)?;
-        if columns.is_empty() {
-            return self.append(None, &columns, 0, &inside);
-        }
-        if uniform(&columns)? {
-            let first: Vec<ArrayRef> = columns.iter().map(|column| column.slice(0, 1)).collect();
-            let key = self.converter(&columns)?.convert_columns(&first)?.row(0).owned();
-            return self.append(Some(key), &columns, 0, &inside);
-        }
-        for (key, first, picked) in self.split(&columns)? {
-            let part = take_record_batch(&inside, &picked)?;
-            self.append(Some(key), &columns, first, &part)?;
+        for part in &parts.list {
+            match &part.rows {
+                None => self.append(&parts, part, &inside)?,
+                Some(picked) => self.append(&parts, part, &take_record_batch(&inside, picked)?)?,
+            }
         }
         Ok(())
     }
@@ -173,63 +167,25 @@ impl DeltaWriter {
         Ok(RecordBatch::try_new(Arc::clone(&self.stored), columns)?)
     }
 
-    fn converter(&mut self, columns: &[ArrayRef]) -> Result<&mut RowConverter> {
-        match &mut self.converter {
-            Some(converter) => Ok(converter),
-            empty => {
-                let fields = columns.iter().map(|c| SortField::new(c.data_type().clone())).collect();
-                Ok(empty.insert(RowConverter::new(fields)?))
-            }
-        }
-    }
-
-    /// Groups of rows with equal partition values: key, a row of it, and its rows in their order.
-    fn split(&mut self, columns: &[ArrayRef]) -> Result<Vec<(OwnedRow, usize, UInt32Array)>> {
-        let keys = self.converter(columns)?.convert_columns(columns)?;
-        let mut found = HashMap::new();
-        let mut groups: Vec<(usize, Vec<u32>)> = Vec::new();
-        // Rows come nearly in order of time, so most stay in the group of the row before.
-        let mut last = None;
-        for (row, key) in keys.iter().enumerate() {
-            let group = match last {
-                Some((at, known)) if known == key => at,
-                _ => *found.entry(key).or_insert_with(|| {
-                    groups.push((row, Vec::new()));
-                    groups.len() - 1
-                }),
-            };
-            last = Some((group, key));
-            groups[group].1.push(row as u32);
-        }
-        let owned =
-            |(first, picked): (usize, Vec<u32>)| (keys.row(first).owned(), first, UInt32Array::from(picked));
-        Ok(groups.into_iter().map(owned).collect())
-    }
-
-    fn append(
-        &mut self,
-        key: Option<OwnedRow>,
-        columns: &[ArrayRef],
-        row: usize,
-        rows: &RecordBatch,
-    ) -> Result<()> {
-        if !self.open.contains_key(&key) {
+    fn append(&mut self, parts: &Parts, part: &Part, rows: &RecordBatch) -> Result<()> {
+        let key = &part.key;
+        if !self.open.contains_key(key) {
             if self.open.len() >= MAX_OPEN {
                 self.close_largest()?;
             }
-            let values = columns.iter().map(|column| value_text(column, row)).collect::<Result<Vec<_>>>()?;
+            let values = parts.values(part)?;
             let file = self.new_file(values)?;
             self.open.insert(key.clone(), file);
         }
-        let Some(file) = self.open.get_mut(&key) else { return Ok(()) };
+        let Some(file) = self.open.get_mut(key) else { return Ok(()) };
         file.writer.write(rows)?;
         file.floats.add(rows);
         let held = file.writer.inner().len() + file.writer.memory_size();
         self.open_bytes = self.open_bytes - file.bytes + held;
         file.bytes = held;
         let size = file.writer.bytes_written() + file.writer.in_progress_size();
-        if size >= self.config.target_file_size {
-            self.close(&key)?;
+        if size >= self.target_file_size {
+            self.close(key)?;
         }
         while self.open_bytes > MAX_OPEN_BYTES && !self.open.is_empty() {
             self.close_largest()?;
@@ -315,8 +271,7 @@ impl DeltaWriter {
 impl Uploads {
     async fn put(&self, epoch: u64, file: ClosedFile) -> Result<PreparedFile> {
         let ClosedFile { values, bytes, rows, stats, number } = file;
-        let named = || self.names.iter().zip(&values);
-        let folders: String = named().map(|(name, value)| folder(name, value.as_deref())).collect();
+        let folders = folders(&self.names, &values);
         let (id, tag) = (uuid::Uuid::new_v4(), &self.tag);
         let ending = match self.codec {
             Codec::Snappy => "snappy.parquet",
@@ -332,7 +287,8 @@ impl Uploads {
                 .because(error)
                 .hint("Check that the store has room and that the credentials may write there.")
         })?;
-        let partition: Map<String, Value> = named()
+        let named = self.names.iter().zip(&values);
+        let partition: Map<String, Value> = named
             .map(|(name, value)| (name.clone(), value.clone().map_or(Value::Null, Value::from)))
             .collect();
         let add = json!({
@@ -345,17 +301,6 @@ impl Uploads {
         });
         Ok(PreparedFile { path, size, rows, add })
     }
-}
-
-/// Whether all rows have the partition values of the first.
-fn uniform(columns: &[ArrayRef]) -> Result<bool> {
-    for column in columns {
-        let same = not_distinct(column, &Scalar::new(column.slice(0, 1)))?;
-        if same.true_count() != column.len() {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }
 
 fn properties(codec: Codec, schema: &Schema) -> Result<WriterProperties> {

@@ -10,6 +10,7 @@ use datafusion::physical_plan::expressions::Column;
 use datafusion::prelude::SessionContext;
 
 use super::*;
+use crate::state::files;
 use crate::stream::END_OF_TIME;
 use crate::stream::dice::Dice;
 
@@ -376,6 +377,151 @@ fn rows_are_taken_back() {
                 expected,
                 "seed {seed}: latest"
             );
+        }
+    }
+}
+
+/// Of rows that can be taken back: a key, 1, values of several types, and a weight as FILTER makes it.
+fn values() -> SchemaRef {
+    let field = |name: &str, kind, nullable| Field::new(name, kind, nullable);
+    Arc::new(Schema::new(vec![
+        field("k", DataType::Int64, true),
+        field("one", DataType::Int64, false),
+        field("s", DataType::Utf8, true),
+        field("u", DataType::Int64, true),
+        field("a", DataType::Float64, true),
+        field("d", DataType::Decimal128(12, 2), true),
+        field("t", crate::stream::timestamp_type(), true),
+        field("b", DataType::Boolean, true),
+        field("f", DataType::Int64, false),
+    ]))
+}
+
+fn extent_of(column: usize, weight: usize) -> Aggregate {
+    let schema = values();
+    let argument = |at: usize| Arc::new(Column::new(schema.field(at).name(), at)) as Arc<dyn PhysicalExpr>;
+    let name = format!("e{column}_{weight}");
+    let function =
+        AggregateExprBuilder::new(Arc::new(extent::extent()), vec![argument(column), argument(weight)])
+            .schema(Arc::clone(&schema))
+            .alias(&name)
+            .build()
+            .unwrap();
+    let output = Arc::new(Field::new(&name, function.field().data_type().clone(), true));
+    Aggregate { function: Arc::new(function), arguments: vec![column, weight], filter: None, output }
+}
+
+/// Column and weight of each extent.
+const EXTENTS: [(usize, usize); 7] = [(2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1), (3, 8)];
+
+fn extents() -> Group {
+    let calls = [sum(&values(), 1)].into_iter();
+    let calls = calls.chain(EXTENTS.map(|(column, weight)| extent_of(column, weight))).collect();
+    Group::new(GroupSpec { input: values(), calls, total: Some(0), ..spec(&[0]) }).unwrap()
+}
+
+fn random_values(dice: &mut Dice, count: usize) -> RecordBatch {
+    let few = 1 + dice.roll(30);
+    let mut maybe = |bound: u64| (dice.roll(8) > 0).then(|| dice.roll(bound) as i64);
+    let mut column = |bound: u64| -> Vec<Option<i64>> { (0..count).map(|_| maybe(bound)).collect() };
+    let ints = |values: Vec<Option<i64>>| Arc::new(Int64Array::from(values)) as ArrayRef;
+    let k = ints(column(5));
+    let s: StringArray = column(few)
+        .into_iter()
+        .map(|n| n.map(|n| ["", "a", "ab", "b"][n as usize % 4].repeat(1 + n as usize / 4)))
+        .collect();
+    let u = ints(column(few));
+    let a: Float64Array = column(few).into_iter().map(|n| n.map(|n| n as f64 / 4.0 - 1.125)).collect();
+    let d: Decimal128Array = column(few).into_iter().map(|n| n.map(|n| i128::from(n) - 7)).collect();
+    let t: TimestampMicrosecondArray = column(few).into_iter().collect();
+    let b: BooleanArray = column(2).into_iter().map(|n| n.map(|n| n == 1)).collect();
+    let f = Int64Array::from_iter_values(column(2).into_iter().map(|n| n.unwrap_or(0)));
+    let columns: Vec<ArrayRef> = vec![
+        k,
+        Arc::new(Int64Array::from(vec![1; count])),
+        Arc::new(s),
+        u,
+        Arc::new(a),
+        Arc::new(d.with_precision_and_scale(12, 2).unwrap()),
+        Arc::new(t.with_timezone("UTC")),
+        Arc::new(b),
+        Arc::new(f),
+    ];
+    RecordBatch::try_new(values(), columns).unwrap()
+}
+
+/// DataFusion's `min`, `max` and `count(DISTINCT …)` over the rows that are left, in the structs of extents.
+async fn expected_extents(session: &SessionContext, left: &[RecordBatch]) -> Bag {
+    session.deregister_table("t").unwrap();
+    session.register_batch("t", concat_batches(&values(), left).unwrap()).unwrap();
+    let calls = EXTENTS.map(|(column, weight)| {
+        let name = values().field(column).name().clone();
+        let filter = if weight == 1 { "" } else { " FILTER (WHERE f = 1)" };
+        format!(
+            "named_struct('least', min({name}){filter}, 'greatest', max({name}){filter},
+                          'different', count(DISTINCT {name}){filter})"
+        )
+    });
+    let sql = format!("SELECT k, count(*), {} FROM t GROUP BY k", calls.join(", "));
+    let mut bag = Bag::new();
+    for batch in session.sql(&sql).await.unwrap().collect().await.unwrap() {
+        add(&mut bag, &batch, None);
+    }
+    bag
+}
+
+/// Random rows come and are taken back, in whatever order within a batch, across restarts from state files.
+#[tokio::test]
+async fn extents_of_rows_that_are_taken_back_are_the_batch_answer() {
+    let cases: u64 = std::env::var("MILLSTREAM_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(64);
+    let session = SessionContext::new();
+    for seed in 0..cases {
+        let mut dice = Dice(seed);
+        let (mut group, mut left, mut bag) = (extents(), Vec::<RecordBatch>::new(), Bag::new());
+        let mut snapshots: Vec<RecordBatch> = Vec::new();
+        let mut saved = (left.clone(), bag.clone());
+        for round in 0..1 + dice.roll(10) as i64 {
+            let count = 1 + dice.roll(20) as usize;
+            let new = random_values(&mut dice, count);
+            let mut rows: Vec<(RecordBatch, i64)> = Vec::new();
+            for row in 0..count {
+                left.push(new.slice(row, 1));
+                rows.push((new.slice(row, 1), 1));
+            }
+            for _ in 0..dice.roll(2 * count as u64) {
+                if !left.is_empty() {
+                    let gone = left.swap_remove(dice.roll(left.len() as u64) as usize);
+                    rows.insert(dice.roll(1 + rows.len() as u64) as usize, (gone, -1));
+                }
+            }
+            let input = concat_batches(&values(), rows.iter().map(|row| &row.0)).unwrap();
+            let order = Int64Array::from_iter_values((0..rows.len() as i64).map(|row| round * 100 + row));
+            let origin = Origin { time: order.clone(), place: order.clone(), offset: order };
+            let weights = Some(Int64Array::from_iter_values(rows.iter().map(|row| row.1)));
+            if let Some(out) = group.push(&ChangeBatch { rows: input, weights, origin }).unwrap().changes {
+                add(&mut bag, &out.rows, out.weights.as_ref());
+            }
+            assert_eq!(bag, expected_extents(&session, &left).await, "seed {seed}");
+            if dice.roll(3) == 0 {
+                let full = dice.roll(3) == 0;
+                if full {
+                    snapshots.clear();
+                }
+                if let Some(snapshot) = group.snapshot(full).unwrap() {
+                    hash_keys(&group.key_columns(&snapshot), snapshot.num_rows(), &mut group.hashes).unwrap();
+                    let sorted = files::sort_by_group(&snapshot, &group.hashes).unwrap();
+                    snapshots.extend(files::decode(files::encode(&sorted).unwrap(), 0..256).unwrap());
+                }
+                saved = (left.clone(), bag.clone());
+            }
+            if dice.roll(5) == 0 {
+                group = extents();
+                let without =
+                    |batch: &RecordBatch| batch.project(&(1..batch.num_columns()).collect::<Vec<_>>());
+                let rows: Vec<RecordBatch> = snapshots.iter().map(|batch| without(batch).unwrap()).collect();
+                group.restore(&rows).unwrap();
+                (left, bag) = saved.clone();
+            }
         }
     }
 }

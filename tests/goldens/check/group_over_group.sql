@@ -7,4 +7,4 @@ CREATE SOURCE s (
 
 CREATE VIEW totals AS
 SELECT user_id, count(*) AS n FROM s GROUP BY user_id;
-CREATE SINK o AS SELECT n, max(user_id) AS last FROM totals GROUP BY n WITH (connector = 'blackhole');
+CREATE SINK o AS SELECT n, stddev(user_id) AS spread FROM totals GROUP BY n WITH (connector = 'blackhole');
