@@ -185,16 +185,19 @@ impl Generator {
     /// The event time of the next row.
     fn time(&self, clock: &Clock, style: &mut Style, dice: &mut Dice) -> Micros {
         let step = if dice.roll(10) == 0 { style.steps[dice.index(style.steps.len())] } else { style.step };
+        let lateness = self.lateness.unwrap_or(0);
         let by = match dice.roll(8) {
             0..=2 => 0,
             3 | 4 => step,
             5 => 2 * step,
             6 => dice.roll(step.unsigned_abs()) as Micros,
-            // To the next boundary of a window.
-            _ => (style.now.div_euclid(step) + 1) * step - style.now,
+            // To the next boundary of a window: there, right before it, or so that the watermark is.
+            _ => {
+                let edge = [0, lateness, -clock.resolution(), lateness - clock.resolution()][dice.index(4)];
+                (style.now.div_euclid(step) + 1) * step - style.now + edge
+            }
         };
         style.now = style.now.saturating_add(by);
-        let lateness = self.lateness.unwrap_or(0);
         let back = match dice.roll(12) {
             0..=5 => 0,
             6 | 7 => lateness,
