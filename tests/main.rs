@@ -20,6 +20,7 @@ mod lookups;
 mod online;
 mod options;
 mod pipeline;
+mod random;
 mod readme;
 mod secured;
 mod shipped;

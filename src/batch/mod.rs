@@ -6,6 +6,7 @@
 pub mod history;
 mod introspect;
 mod newest;
+mod order;
 mod over;
 
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use crate::plan::{SinkKind, SinkPlan, StreamPlan};
 use crate::sql::wildcard::hide;
 use crate::sql::{Catalog, SourceText, Statement, Variables};
 
-pub use over::over;
+pub use over::Relation;
 
 /// The rows of a query and their schema.
 pub struct Answer {

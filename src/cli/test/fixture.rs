@@ -15,11 +15,14 @@
 //!       a_view_or_sink: {rows: [{id: 1}], partial: true, tolerance: 1e-6}
 //!     late: 0
 //!     dead_letters: 1
+//! random:                           # values for --random, by source and column
+//!   a_source: {currency: [EUR, null], nested: {zip: ['02139']}}
 //! ```
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::generate::{Hints, join};
 use super::yaml::{self, Key, Kind, Node, unknown};
 use crate::error::{Error, Place, Result};
 use crate::sql::catalog;
@@ -33,6 +36,18 @@ pub struct Fixture {
     pub pipeline: Vec<PathBuf>,
     pub variables: BTreeMap<String, String>,
     pub cases: Vec<Case>,
+    /// Values for random rows, by source.
+    pub random: BTreeMap<String, Hints>,
+}
+
+/// SQL files that random rows go through.
+#[derive(Debug)]
+pub struct Pipeline {
+    /// What names it on the command line: a fixture or a SQL file.
+    pub path: PathBuf,
+    pub files: Vec<PathBuf>,
+    pub variables: BTreeMap<String, String>,
+    pub random: BTreeMap<String, Hints>,
 }
 
 #[derive(Debug)]
@@ -93,9 +108,7 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
         if path.is_dir() {
             found.extend(in_folder(path)?);
         } else if let Some(stem) = name.strip_suffix(".sql") {
-            let beside = SUFFIXES.iter().map(|suffix| path.with_file_name(format!("{stem}{suffix}")));
-            let fixture = beside.into_iter().find(|fixture| fixture.is_file());
-            found.push(fixture.ok_or_else(|| {
+            found.push(beside(path, stem).ok_or_else(|| {
                 Error::user(format!("{} has no fixture", path.display()))
                     .hint(format!("Write cases into {stem}.test.yaml beside it."))
             })?);
@@ -113,6 +126,47 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
             true
         }
     });
+    Ok(found)
+}
+
+/// The fixture of a SQL file.
+fn beside(sql: &Path, stem: &str) -> Option<PathBuf> {
+    let names = SUFFIXES.iter().map(|suffix| sql.with_file_name(format!("{stem}{suffix}")));
+    names.into_iter().find(|fixture| fixture.is_file())
+}
+
+/// The pipelines that files and folders stand for, each once: those of fixtures, and SQL files that no fixture names.
+///
+/// # Errors
+/// User: a path that is neither, a fixture that cannot be read.
+pub fn pipelines(paths: &[PathBuf]) -> Result<Vec<Pipeline>> {
+    let mut found: Vec<Pipeline> = Vec::new();
+    let mut bare = Vec::new();
+    for path in paths {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let fixtures = if path.is_dir() {
+            bare.extend(catalog::pipeline_files(std::slice::from_ref(path))?);
+            in_folder(path).unwrap_or_default()
+        } else if let Some(stem) = name.strip_suffix(".sql") {
+            let fixture = beside(path, stem);
+            bare.extend(fixture.is_none().then(|| path.clone()));
+            fixture.into_iter().collect()
+        } else {
+            find(std::slice::from_ref(path))?
+        };
+        for path in fixtures {
+            let Fixture { pipeline, variables, random, .. } = read(&path)?;
+            if found.iter().all(|known| known.path != path) {
+                found.push(Pipeline { path, files: pipeline, variables, random });
+            }
+        }
+    }
+    for path in bare {
+        if found.iter().all(|known| known.path != path && !known.files.contains(&path)) {
+            let files = vec![path.clone()];
+            found.push(Pipeline { path, files, variables: BTreeMap::new(), random: BTreeMap::new() });
+        }
+    }
     Ok(found)
 }
 
@@ -139,13 +193,20 @@ pub fn read(path: &Path) -> Result<Fixture> {
     let Some(root) = yaml::parse(&source)? else {
         return Err(Error::user("the fixture is empty").hint("Write cases:").at(source.place(1, 1, 1)));
     };
-    let (mut pipeline, mut variables, mut cases) = (None, BTreeMap::new(), None);
+    let (mut pipeline, mut variables, mut cases, mut random) = (None, BTreeMap::new(), None, BTreeMap::new());
     for (key, value) in root.map("a fixture")? {
         match key.name.as_str() {
             "pipeline" => pipeline = Some(pipeline_of(path, value)?),
             "variables" => variables = variables_of(value)?,
             "cases" => cases = Some(cases_of(path, value)?),
-            _ => return Err(unknown(key, "a fixture", &["pipeline", "variables", "cases"])),
+            "random" => {
+                for (source, columns) in value.map("random")? {
+                    let mut hints = Hints::new();
+                    hints_of(None, columns, &mut hints)?;
+                    random.insert(source.name.clone(), hints);
+                }
+            }
+            _ => return Err(unknown(key, "a fixture", &["pipeline", "variables", "cases", "random"])),
         }
     }
     let cases = cases.filter(|cases: &Vec<Case>| !cases.is_empty());
@@ -154,7 +215,24 @@ pub fn read(path: &Path) -> Result<Fixture> {
         Some(pipeline) => pipeline,
         None => vec![sql_beside(path, &root)?],
     };
-    Ok(Fixture { path: path.to_owned(), pipeline, variables, cases })
+    Ok(Fixture { path: path.to_owned(), pipeline, variables, cases, random })
+}
+
+/// Lists of values by column; a map stands for the fields of a struct.
+fn hints_of(parent: Option<&str>, node: &Node, hints: &mut Hints) -> Result<()> {
+    for (key, value) in node.map("values by column")? {
+        let path = join(parent, &key.name);
+        if let Kind::Map(_) = value.kind {
+            hints_of(Some(&path), value, hints)?;
+            continue;
+        }
+        let values: Vec<String> = value.list("the values of a column")?.iter().map(Node::json).collect();
+        if values.is_empty() {
+            return Err(value.wrong("no values are given").hint("Leave the column out."));
+        }
+        hints.insert(path, values);
+    }
+    Ok(())
 }
 
 fn sql_beside(path: &Path, root: &Node) -> Result<PathBuf> {
