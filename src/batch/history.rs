@@ -34,7 +34,7 @@ use crate::sql::{Catalog, CreateSource, CreateTable, SinkInput};
 pub enum Backup {
     /// Location of a Delta table.
     Delta(String),
-    Table(CreateTable),
+    Table(Box<CreateTable>),
 }
 
 /// Which rows of a backup count.
@@ -61,7 +61,7 @@ pub fn backup_of(catalog: &Catalog, plan: &StreamPlan, source: &SourcePlan) -> R
         _ => None,
     };
     if let Some(history) = &source.history {
-        let table = || catalog.table(history).map(|table| Backup::Table(table.clone()));
+        let table = || catalog.table(history).map(|table| Backup::Table(Box::new(table.clone())));
         return of_sink(history).or_else(table).ok_or_else(|| {
             let message =
                 format!("source {}: its history {history} is no Delta sink and no table", source.name);
