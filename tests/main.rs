@@ -23,5 +23,6 @@ mod readme;
 mod secured;
 mod shipped;
 mod slt;
+mod state_format;
 mod statements;
 mod windows;
