@@ -5,6 +5,7 @@
 
 pub mod chain;
 pub mod coordinator;
+mod counts;
 pub mod freshness;
 mod graph;
 mod grouped;

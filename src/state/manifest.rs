@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::accounts::NodeAccounts;
 use crate::error::{Error, Result};
 use crate::stream::{Micros, Place, Positions};
 
@@ -68,6 +69,12 @@ pub struct Manifest {
     /// The stream was ended with `--close`; nothing can be added.
     #[serde(default)]
     pub closed: bool,
+    /// The last of a run that ended as it should.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stopped: bool,
+    /// Time between the checkpoints of the run that wrote the newest data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval_ms: Option<u64>,
     /// By source name.
     #[serde(default)]
     pub sources: BTreeMap<String, SourceProgress>,
@@ -82,6 +89,9 @@ pub struct Manifest {
     pub ledger: Vec<Segment>,
     #[serde(default)]
     pub dead_letters: Vec<Segment>,
+    /// By source, view or sink: how many dead letters of each kind.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub letters: BTreeMap<String, BTreeMap<String, u64>>,
     /// Prepared in [`Manifest::data_epoch`]; to be replayed unchanged after a claim.
     #[serde(default)]
     pub commits: Vec<PreparedCommit>,
@@ -154,6 +164,9 @@ pub struct NodeProgress {
     /// Facts that only the operator or sink understands.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub facts: Option<Value>,
+    /// `None`: not in the plan of the newest data manifest, or written by a program that did not count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accounts: Option<NodeAccounts>,
 }
 
 /// A file of keyed state.
@@ -418,6 +431,7 @@ pub fn next_claim(
             writer,
             kind: Kind::Claim,
             created_at_ms: now_ms,
+            stopped: false,
             ..last.clone()
         },
         None => Manifest {
@@ -433,11 +447,14 @@ pub fn next_claim(
             data_epoch: None,
             previous_data_epoch: None,
             closed: false,
+            stopped: false,
+            interval_ms: None,
             sources: BTreeMap::new(),
             nodes: BTreeMap::new(),
             files: Vec::new(),
             ledger: Vec::new(),
             dead_letters: Vec::new(),
+            letters: BTreeMap::new(),
             commits: Vec::new(),
             garbage: Vec::new(),
             fingerprints: BTreeMap::new(),

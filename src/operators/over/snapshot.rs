@@ -140,8 +140,9 @@ impl Over {
             }
             let entry = Entry { time, place, offset, chunk, row: row as u32 };
             self.keys[*slot as usize].rows.insert(entry);
-            if time < self.watermark {
-                self.chunks.emitted(&entry);
+            match time < self.watermark {
+                true => self.chunks.emitted(&entry),
+                false => self.pending_rows += 1,
             }
         }
         self.slots = slots;
