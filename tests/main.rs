@@ -25,4 +25,5 @@ mod shipped;
 mod slt;
 mod state_format;
 mod statements;
+mod status;
 mod windows;

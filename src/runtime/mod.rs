@@ -11,6 +11,7 @@ mod graph;
 mod grouped;
 pub mod inbox;
 mod keyed;
+pub mod lag;
 mod letters;
 mod lookups;
 pub mod metrics;

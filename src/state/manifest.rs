@@ -101,6 +101,18 @@ pub struct Manifest {
     /// By view or sink: what its state depends on.
     #[serde(default)]
     pub fingerprints: BTreeMap<String, String>,
+    /// The checkpoint of another pipeline that this state began as.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copied: Option<Copied>,
+}
+
+/// Where a state was copied from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Copied {
+    pub pipeline: String,
+    pub epoch: u64,
+    /// Its sinks' fingerprints: a sink must not write into the same files.
+    pub sinks: BTreeMap<String, String>,
 }
 
 /// How far a source was read.
@@ -458,7 +470,29 @@ pub fn next_claim(
             commits: Vec::new(),
             garbage: Vec::new(),
             fingerprints: BTreeMap::new(),
+            copied: None,
         },
+    }
+}
+
+/// The first manifest of a state of its own, named `pipeline`, that goes on where data manifest `of` was: its commits
+/// stay with the tables of the other one, so the copy must write elsewhere.
+pub fn copy_of(of: &Manifest, new_state_id: Uuid, claimant: &Claimant<'_>) -> Manifest {
+    // A node of a view has the view in its name.
+    let sink = |id: &str| super::accounts::view_of(id).is_none();
+    let (sinks, fingerprints) = of.fingerprints.clone().into_iter().partition(|(id, _)| sink(id));
+    Manifest {
+        writer: claimant.writer,
+        state_id: new_state_id,
+        pipeline: claimant.pipeline.to_owned(),
+        created_at_ms: claimant.now_ms,
+        previous_data_epoch: None,
+        stopped: true,
+        commits: Vec::new(),
+        garbage: Vec::new(),
+        fingerprints,
+        copied: Some(Copied { pipeline: of.pipeline.clone(), epoch: of.epoch, sinks }),
+        ..of.clone()
     }
 }
 
