@@ -10,6 +10,7 @@
 
 mod access;
 mod case;
+mod compaction;
 mod dev;
 mod faults;
 mod fixtures;

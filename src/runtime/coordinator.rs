@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, StreamPlan};
+use crate::runtime::compaction::Compaction;
 use crate::runtime::counts::{self, Counts};
 use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::letters;
@@ -71,6 +72,7 @@ struct Coordinator {
     metrics: Arc<Metrics>,
     last: Manifest,
     deleted: BTreeSet<String>,
+    compaction: Compaction,
     ended: usize,
     /// The newest epoch whose manifest is published, for tasks that wait for it.
     durable: watch::Sender<u64>,
@@ -102,6 +104,7 @@ pub async fn run(
         metrics,
         last,
         deleted: BTreeSet::new(),
+        compaction: Compaction::default(),
         ended: 0,
         durable,
     };
@@ -151,7 +154,9 @@ impl Coordinator {
             }
         }
         let gathered = self.gather(next.epoch).await?;
+        self.compaction.note(&gathered.states);
         self.fill(&mut next, gathered, last, close).await?;
+        self.compaction.take_up(&mut next, &mut self.world.orphans).await;
         next.garbage = garbage_of(&self.last, &next, &self.deleted, &self.world.orphans);
         self.world.orphans.clear();
         self.world.store.publish(&next).await?;
@@ -165,6 +170,9 @@ impl Coordinator {
         for command in &self.tasks.commands {
             // Those that have ended after their last barrier need no word.
             command.send(Command::Durable { epoch: next.epoch }).await.ok();
+        }
+        if !last {
+            self.compaction.begin(&self.plan, &self.world.store, &next);
         }
         self.last = next;
         Ok(())
@@ -277,7 +285,7 @@ impl Coordinator {
         progress.partitions = parts.iter().flat_map(|part| part.partitions.iter().copied()).collect();
         progress.partitions.sort_by_key(|p| (p.topic, p.partition));
         progress.embedded = self.world.embedded.clone();
-        progress.watermark = parts.iter().filter_map(|part| part.watermark).max();
+        progress.watermark = source_watermark(parts);
         parts.iter().for_each(|part| progress.accounts.add(&part.accounts));
         (name, parts.iter().flat_map(|part| part.late.iter().copied()).collect())
     }
@@ -308,7 +316,28 @@ impl Coordinator {
     }
 }
 
+/// The source's watermark as what is behind the barriers knows it: the least that a shard had sent before its own. A
+/// shard that is cut later has seen rows that others read behind their barriers, which are read again after a crash and
+/// must not be late then.
+fn source_watermark(parts: &[SourceEpoch]) -> Option<Micros> {
+    let sent = parts.iter().map(|part| part.watermark.unwrap_or(START_OF_TIME)).min();
+    sent.filter(|at| *at != START_OF_TIME)
+}
+
 /// Shows a watermark for people: `None` before any row, the end after `--close`.
 pub fn shown_watermark(at: Micros) -> Option<i64> {
     (at != START_OF_TIME && at != END_OF_TIME && at != 0).then_some(at / 1_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_holds_no_watermark_that_a_barrier_has_not_passed() {
+        let part = |watermark| SourceEpoch { watermark, ..SourceEpoch::default() };
+        assert_eq!(source_watermark(&[part(Some(7)), part(Some(5))]), Some(5));
+        assert_eq!(source_watermark(&[part(Some(7)), part(None)]), None);
+        assert_eq!(source_watermark(&[]), None);
+    }
 }

@@ -6,11 +6,12 @@ use arrow::array::{ArrayRef, RecordBatch};
 use tokio::sync::mpsc::Sender;
 
 use crate::error::Result;
-use crate::operators::over::{Over, times_of};
+use crate::operators::over::Over;
 use crate::plan::NodeId;
 use crate::runtime::counts::Count;
 use crate::runtime::report::{Report, StatePart, behind};
 use crate::runtime::stage::{Operate, Rows};
+use crate::state::compaction::times_of;
 use crate::state::files::{encode, sort_by_group};
 use crate::state::keys::hash_keys;
 use crate::state::manifest::{StateFile, file_name};

@@ -4,6 +4,7 @@
 //! channels. The coordinator cuts the stream into epochs by barriers and publishes a manifest for each.
 
 pub mod chain;
+mod compaction;
 pub mod coordinator;
 mod counts;
 pub mod freshness;

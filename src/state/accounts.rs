@@ -202,7 +202,11 @@ pub fn views(manifest: &Manifest) -> Vec<ViewAccounts> {
     let counted =
         || manifest.nodes.iter().filter_map(|(id, node)| Some((id.as_str(), node.accounts.as_ref()?)));
     let of = |view: &str, id: &str| view_of(id) == Some(view) && !id.ends_with(".source");
-    let names: BTreeSet<&str> = counted().filter_map(|(id, _)| view_of(id)).collect();
+    // Sinks and backups have projections of their own.
+    let helper = |name: &&str| manifest.sources.contains_key(*name) || manifest.nodes.contains_key(*name);
+    let names: BTreeSet<&str> =
+        counted().filter_map(|(id, _)| view_of(id)).filter(|name| !helper(name)).collect();
+    let late: u64 = manifest.sources.values().map(|source| source.accounts.late).sum();
     let mut views = Vec::new();
     for view in names {
         // Ids are in no order of the plan, so look until no more are found.
@@ -236,9 +240,7 @@ pub fn views(manifest: &Manifest) -> Vec<ViewAccounts> {
                     sum.applied += rows;
                 }
                 if enters && input.port == ON_TIME {
-                    let source =
-                        input.node.strip_suffix(".source").and_then(|name| manifest.sources.get(name));
-                    sum.late = source.map_or(0, |source| source.accounts.late);
+                    sum.late = late;
                 }
             }
             if inside {

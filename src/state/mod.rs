@@ -8,6 +8,7 @@
 //! with a format version that is checked before anything else is believed).
 
 pub mod accounts;
+pub mod compaction;
 pub mod files;
 pub mod keys;
 pub mod manifest;

@@ -5,6 +5,7 @@ use super::facts::{Node, Source, Status};
 use crate::cli::table::{self, Column, Style};
 use crate::cli::view::count as number;
 use crate::error::{Error, Result};
+use crate::state::accounts::{NodeAccounts, Role};
 
 /// A table of the status: a head, then rows.
 struct Section {
@@ -96,7 +97,7 @@ fn sections(status: &Status) -> Vec<Section> {
         },
         Section { title: "Partitions", head: PARTITION, rows: partitions(status) },
         Section { title: "Views, before their first window or group", head: VIEW, rows: views(status) },
-        Section { title: "Operators", head: OPERATOR, rows: status.operators.iter().map(operator).collect() },
+        Section { title: "Operators", head: OPERATOR, rows: operators(status) },
         Section { title: "Sinks", head: SINK, rows: status.sinks.iter().map(sink).collect() },
     ];
     let kinds = status.dead_letters.iter().flat_map(|(at, kinds)| {
@@ -174,6 +175,13 @@ fn views(status: &Status) -> Vec<Vec<String>> {
         row
     };
     status.views.iter().map(row).collect()
+}
+
+/// Without projections: nothing happens to the rows there.
+fn operators(status: &Status) -> Vec<Vec<String>> {
+    let plain = |a: &NodeAccounts| a.role == Role::Stateless && a.filtered + a.added + a.dead_letters == 0;
+    let shown = |node: &&Node| !node.accounts.as_ref().is_some_and(plain);
+    status.operators.iter().filter(shown).map(operator).collect()
 }
 
 fn operator(node: &Node) -> Vec<String> {

@@ -28,7 +28,7 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::{DataType, Schema, SchemaRef};
 
-pub use snapshot::{OverSnapshot, times_of};
+pub use snapshot::OverSnapshot;
 pub use spec::{Frame, Function, OverSpec, WindowCall};
 
 use crate::error::Result;

@@ -209,9 +209,3 @@ fn without_origin(batch: &RecordBatch, schema: &Arc<Schema>) -> Result<ChangeBat
     let rows = rows.map_err(|_| other_shape())?;
     Ok(ChangeBatch::append(rows, Origin { time, place, offset }))
 }
-
-/// Smallest and largest event time of a segment of rows.
-pub fn times_of(rows: &RecordBatch) -> Option<(Micros, Micros)> {
-    let times = rows.column_by_name(ORIGIN[0])?.as_primitive_opt::<Int64Type>()?;
-    Some((arrow::compute::min(times)?, arrow::compute::max(times)?))
-}
