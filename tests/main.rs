@@ -11,6 +11,7 @@
 mod access;
 mod brokers;
 mod case;
+mod compaction;
 mod dev;
 mod faults;
 mod fixtures;
@@ -25,5 +26,7 @@ mod readme;
 mod secured;
 mod shipped;
 mod slt;
+mod state_format;
 mod statements;
+mod status;
 mod windows;

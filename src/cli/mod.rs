@@ -1,13 +1,16 @@
 //! The command line: the only room that prints. Data goes to stdout, everything else to stderr.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the room that prints")]
 
+mod checkpoints;
 #[cfg(feature = "kafka")]
 mod dev;
 mod help;
 mod live;
 mod output;
 mod progress;
+mod reset;
 mod screen;
+mod status;
 mod table;
 mod test;
 mod view;
@@ -20,12 +23,15 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::connectors::files;
 use crate::error::{Domain, Error, Result};
 use crate::plan::StreamPlan;
 use crate::runtime::{Metrics, Outcome, RunOptions};
 use crate::sql::options::parse_duration;
 use crate::sql::place::render;
 use crate::sql::{Catalog, Variables, catalog};
+use crate::state::store::StateStore;
+use crate::stream::clock::Clock;
 
 /// SQL over Kafka topics and their backups, materialised to Delta and Redis.
 #[derive(Debug, Parser)]
@@ -45,6 +51,33 @@ struct Files {
     set: Vec<String>,
 }
 
+/// Which state is meant.
+#[derive(Debug, Clone, Args)]
+struct StateArgs {
+    /// Name of the pipeline; default: the folder or file stem.
+    #[arg(long)]
+    name: Option<String>,
+    /// Where manifests and state live: a folder or s3://…; default ./.millstream/<name>.
+    #[arg(long)]
+    state: Option<String>,
+}
+
+impl StateArgs {
+    /// Name and location.
+    fn target(&self, files: &Files) -> Result<(String, String)> {
+        let name = pipeline_name(files, self.name.as_deref(), &[])?;
+        let state = self.state.clone().unwrap_or_else(|| format!("./.millstream/{name}"));
+        Ok((name, state))
+    }
+}
+
+/// A state for reading: a folder that is not there is not made.
+fn existing_state(location: &str) -> Result<Option<StateStore>> {
+    let located = files::open_existing(location)?;
+    let root = object_store::path::Path::default();
+    Ok(located.map(|located| StateStore::new(located.store, root, Clock)))
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Reads and plans the SQL files; prints nothing when all is well.
@@ -56,6 +89,15 @@ enum Command {
     Dev(dev::DevArgs),
     /// Runs the pipeline.
     Run(RunArgs),
+    /// Prints what the state says of a pipeline: accounts, lag, watermarks, files; exit code 1 when it is unhealthy.
+    ///
+    /// Reads the state only, whether a process runs or not. The numbers are those of the last checkpoint. The SQL files
+    /// are needed for the lag alone: the source is asked where it ends and has 2 seconds to answer.
+    Status(status::StatusArgs),
+    /// Lists the checkpoints that are kept, or begins another pipeline's state as a copy of one.
+    Checkpoints(checkpoints::CheckpointsArgs),
+    /// Deletes the state of a pipeline, dead letters and late ledger included, so that it begins anew.
+    Reset(reset::ResetArgs),
     /// Prints help: of a command, "connectors" (what there is), or "connector NAME" (its options).
     Help {
         #[arg(value_name = "TOPIC")]
@@ -182,6 +224,9 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         #[cfg(feature = "kafka")]
         Command::Dev(args) => dev::run(args).await,
         Command::Run(args) => run(args).await,
+        Command::Status(args) => return status::run(args).await,
+        Command::Checkpoints(args) => checkpoints::run(args).await,
+        Command::Reset(args) => reset::run(args).await,
         Command::Help { topic } => help::run(&topic),
         Command::Query(args) => query(args).await,
         Command::Test(args) => return test::run(args).await,

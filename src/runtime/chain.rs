@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::operators::lookup::lookup;
 use crate::operators::stateless::{Failed, filter, filter_newest, project, unnest};
 use crate::plan::{NodeId, NodeKind, StreamPlan};
+use crate::runtime::counts::Counts;
 use crate::runtime::letters;
 use crate::runtime::lookups::Lookups;
 use crate::state::keys::{hash_keys, scatter};
@@ -41,6 +42,8 @@ pub struct Chain {
     hashes: Vec<u64>,
     /// Rows on which a view's expression failed, since they were last taken.
     pub dead: Vec<DeadLetter>,
+    /// Rows of the nodes of the chain since they were last taken.
+    pub counts: Counts,
 }
 
 impl Chain {
@@ -53,7 +56,8 @@ impl Chain {
     ) -> Self {
         let by_reader = outlets.iter().enumerate().map(|(at, (reader, _))| (*reader, at)).collect();
         let outlets = outlets.into_iter().map(|(_, outlet)| outlet).collect();
-        Self { plan, outlets, by_reader, topics, lookups, hashes: Vec::new(), dead: Vec::new() }
+        let counts = Counts::default();
+        Self { plan, outlets, by_reader, topics, lookups, hashes: Vec::new(), dead: Vec::new(), counts }
     }
 
     /// Whether anybody reads this port of the stage's first node.
@@ -107,11 +111,13 @@ impl Chain {
                     // The branches call their columns differently.
                     let schema = Arc::clone(&plan.nodes[reader].schema);
                     let rows = RecordBatch::try_new(schema, batch.rows.columns().to_vec())?;
+                    self.counts.through(reader, port, batch.num_rows(), batch.num_rows(), 0);
                     self.run(reader, port, &batch.with_rows(rows).with_branch(edge.branch), reached, out)?;
                     continue;
                 }
                 _ => return Err(Error::internal(format!("{} has no outlet", plan.nodes[reader].id))),
             };
+            self.counts.through(reader, port, batch.num_rows(), next.num_rows(), failed.len());
             for (row, reason) in failed {
                 let letter =
                     letters::of_row(Stage::Expression, view, "expression", &self.topics, batch, row, reason);

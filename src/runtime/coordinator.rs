@@ -13,6 +13,8 @@ use tokio::sync::watch;
 
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, StreamPlan};
+use crate::runtime::compaction::Compaction;
+use crate::runtime::counts::{self, Counts};
 use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::letters;
 use crate::runtime::metrics::Metrics;
@@ -56,6 +58,8 @@ struct Gathered {
     sources: Vec<SourceEpoch>,
     states: Vec<(NodeId, StatePart)>,
     prepared: Vec<(NodeId, Vec<PreparedFile>, Micros)>,
+    /// Of sinks that prepare files.
+    counts: Counts,
     /// Dead letters of sinks that prepare files.
     dead: Vec<DeadLetter>,
 }
@@ -68,6 +72,7 @@ struct Coordinator {
     metrics: Arc<Metrics>,
     last: Manifest,
     deleted: BTreeSet<String>,
+    compaction: Compaction,
     ended: usize,
     /// The newest epoch whose manifest is published, for tasks that wait for it.
     durable: watch::Sender<u64>,
@@ -99,6 +104,7 @@ pub async fn run(
         metrics,
         last,
         deleted: BTreeSet::new(),
+        compaction: Compaction::default(),
         ended: 0,
         durable,
     };
@@ -148,7 +154,9 @@ impl Coordinator {
             }
         }
         let gathered = self.gather(next.epoch).await?;
-        self.fill(&mut next, gathered, close).await?;
+        self.compaction.note(&gathered.states);
+        self.fill(&mut next, gathered, last, close).await?;
+        self.compaction.take_up(&mut next, &mut self.world.orphans).await;
         next.garbage = garbage_of(&self.last, &next, &self.deleted, &self.world.orphans);
         self.world.orphans.clear();
         self.world.store.publish(&next).await?;
@@ -162,6 +170,9 @@ impl Coordinator {
         for command in &self.tasks.commands {
             // Those that have ended after their last barrier need no word.
             command.send(Command::Durable { epoch: next.epoch }).await.ok();
+        }
+        if !last {
+            self.compaction.begin(&self.plan, &self.world.store, &next);
         }
         self.last = next;
         Ok(())
@@ -204,7 +215,10 @@ impl Coordinator {
                 Some(Report::State { node, epoch: of, part }) if of == epoch => {
                     gathered.states.push((node, part))
                 }
-                Some(Report::Prepared { node, epoch: of, files, watermark, mut dead }) if of == epoch => {
+                Some(Report::Prepared { node, epoch: of, files, watermark, mut dead, count })
+                    if of == epoch =>
+                {
+                    gathered.counts.prepared(node, count, &files);
                     gathered.dead.append(&mut dead);
                     gathered.prepared.push((node, files, watermark));
                 }
@@ -220,16 +234,23 @@ impl Coordinator {
     }
 
     /// Fills a data manifest in from the shards' parts.
-    async fn fill(&self, next: &mut Manifest, mut gathered: Gathered, close: bool) -> Result<()> {
+    async fn fill(&self, next: &mut Manifest, mut gathered: Gathered, last: bool, close: bool) -> Result<()> {
         next.parallelism = self.options.parallelism;
         next.closed = close;
+        next.stopped = last;
+        next.interval_ms = u64::try_from(self.options.checkpoint.as_millis()).ok();
         next.fingerprints = fingerprints(&self.plan);
         let mut dead = std::mem::take(&mut gathered.dead);
         gathered.states.iter_mut().for_each(|(_, part)| dead.append(&mut part.dead));
         // Sources have counted theirs.
         self.metrics.bury(&dead);
         gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
+        counts::letters(next, &dead);
         let (name, late) = self.fill_source(next, &gathered.sources);
+        let mut counted = std::mem::take(&mut gathered.counts);
+        gathered.sources.iter_mut().for_each(|part| counted.merge(std::mem::take(&mut part.counts)));
+        gathered.states.iter_mut().for_each(|(_, part)| counted.merge(std::mem::take(&mut part.counts)));
+        counts::fill(&self.plan, &self.last, next, counted);
         let generation = next.generation;
         if let Some(batch) = letters::ledger(&self.world.source.topics(), &late)? {
             let path = crate::state::manifest::ledger_name(&name, generation, next.epoch);

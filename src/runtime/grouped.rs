@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::operators::group::{Panes, Pushed};
+use crate::runtime::counts::Count;
 use crate::runtime::keyed::{FULL_EVERY, Piece};
 use crate::runtime::report::StatePart;
 use crate::runtime::stage::{Operate, Rows};
@@ -26,4 +27,6 @@ impl Operate for Panes {
         let part = StatePart { watermark: self.watermark(), full, ..StatePart::default() };
         Ok((piece.into_iter().collect(), part))
     }
+
+    fn count(&mut self, _: &mut Count) {}
 }

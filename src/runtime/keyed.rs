@@ -6,10 +6,12 @@ use arrow::array::{ArrayRef, RecordBatch};
 use tokio::sync::mpsc::Sender;
 
 use crate::error::Result;
-use crate::operators::over::{Over, times_of};
+use crate::operators::over::Over;
 use crate::plan::NodeId;
+use crate::runtime::counts::Count;
 use crate::runtime::report::{Report, StatePart, behind};
 use crate::runtime::stage::{Operate, Rows};
+use crate::state::compaction::times_of;
 use crate::state::files::{encode, sort_by_group};
 use crate::state::keys::hash_keys;
 use crate::state::manifest::{StateFile, file_name};
@@ -111,5 +113,10 @@ impl Operate for Over {
         }
         let (watermark, horizon) = (self.watermark(), self.horizon());
         Ok((pieces, StatePart { watermark, horizon, full, ..StatePart::default() }))
+    }
+
+    fn count(&mut self, count: &mut Count) {
+        let tally = self.tally();
+        (count.settled, count.late, count.held) = (tally.settled, tally.late, tally.held);
     }
 }

@@ -4,13 +4,16 @@
 //! channels. The coordinator cuts the stream into epochs by barriers and publishes a manifest for each.
 
 pub mod chain;
+mod compaction;
 pub mod coordinator;
+mod counts;
 mod discovery;
 pub mod freshness;
 mod graph;
 mod grouped;
 pub mod inbox;
 mod keyed;
+pub mod lag;
 mod letters;
 mod lookups;
 pub mod metrics;

@@ -19,13 +19,14 @@ use crate::connectors::{Flushed, OnlineStore, OnlineWrite};
 use crate::error::{Error, Result};
 use crate::operators::newest::{DirtyBatch, Newest};
 use crate::plan::NodeId;
+use crate::runtime::counts::Count;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::keyed::{FULL_EVERY, Piece, Saver};
 use crate::runtime::letters;
 use crate::runtime::metrics::{Metrics, SinkMetrics};
 use crate::runtime::report::{Report, StatePart};
 use crate::stream::clock::Clock;
-use crate::stream::{ChangeBatch, DeadLetter, END_OF_TIME, Micros, Positions, START_OF_TIME, Stage};
+use crate::stream::{ChangeBatch, DeadLetter, END_OF_TIME, Micros, Positions, Reached, START_OF_TIME, Stage};
 
 /// Keys per flush: a few script calls.
 const FLUSH_KEYS: usize = 4_000;
@@ -99,6 +100,8 @@ pub struct FlushState {
     /// Events taken since the last flush although it was due.
     gathered: usize,
     dead: Vec<DeadLetter>,
+    /// Rows since the last barrier.
+    count: Count,
     /// When the records behind rows that are not written yet were read, and how many rows.
     unwritten: Unwritten,
     /// An epoch has ended: even without rows, see that the store still has our fence.
@@ -157,17 +160,10 @@ impl OnlineTask {
                 self.inbox.next().await?
             };
             match event {
-                Event::Changes { batch, reached } => match &mut self.settling {
-                    Some(settling) => {
-                        settling.reached.raise_all(&reached);
-                        settling.rows.push(batch);
-                    }
-                    None => {
-                        self.flushes.consumed.raise_all(&reached);
-                        self.flushes.expect(reached.read_at, batch.num_rows() as u64);
-                        self.push(&batch)?;
-                    }
-                },
+                Event::Changes { batch, reached } => {
+                    self.flushes.count.rows_in += batch.num_rows() as u64;
+                    self.take(batch, &reached)?;
+                }
                 Event::Watermark { time, reached } => {
                     let settling = self.settling.as_mut().map(|settling| &mut settling.reached);
                     settling.unwrap_or(&mut self.flushes.consumed).raise_all(&reached);
@@ -187,6 +183,17 @@ impl OnlineTask {
                 Event::End => return Ok(()),
             }
         }
+    }
+
+    fn take(&mut self, batch: ChangeBatch, reached: &Reached) -> Result<()> {
+        if let Some(settling) = &mut self.settling {
+            settling.reached.raise_all(reached);
+            settling.rows.push(batch);
+            return Ok(());
+        }
+        self.flushes.consumed.raise_all(reached);
+        self.flushes.expect(reached.read_at, batch.num_rows() as u64);
+        self.push(&batch)
     }
 
     fn push(&mut self, batch: &ChangeBatch) -> Result<()> {
@@ -285,6 +292,7 @@ impl OnlineTask {
         if dirty.slots.is_empty() {
             return;
         }
+        self.flushes.count.written += dirty.slots.len() as u64;
         Metrics::add(&self.metrics.rows, dirty.slots.len() as u64);
         self.metrics.committed(now / 1_000);
         self.metrics.freshness.record_all(now, &dirty.times);
@@ -421,7 +429,10 @@ impl OnlineTask {
             self.fence = Fence::Marked { epoch };
         }
         let dead = std::mem::take(&mut self.flushes.dead);
-        let part = StatePart { watermark: self.flushes.watermark, full, dead, ..StatePart::default() };
+        let (dead_letters, waiting) = (dead.len() as u64, self.newest.dirty_len() as u64);
+        let mut part = StatePart { watermark: self.flushes.watermark, full, dead, ..StatePart::default() };
+        *part.counts.of(self.node) =
+            Count { dead_letters, waiting, ..std::mem::take(&mut self.flushes.count) };
         self.saver.save_behind(self.node, epoch, piece.into_iter().collect(), part, &self.reports);
         Ok(())
     }

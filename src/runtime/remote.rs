@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::operators::lookup::{LookupSpec, LookupTable, lookup};
 use crate::operators::stateless::Failed;
 use crate::plan::remote::{OnLookupError, RemoteTable};
+use crate::runtime::counts::Count;
 use crate::runtime::keyed::Piece;
 use crate::runtime::letters;
 use crate::runtime::report::StatePart;
@@ -186,6 +187,13 @@ impl Operate for Remote {
 
     fn save(&mut self, _: u64) -> Result<(Vec<Piece>, StatePart)> {
         Ok((Vec::new(), StatePart { dead: std::mem::take(&mut self.dead), ..StatePart::default() }))
+    }
+
+    fn count(&mut self, count: &mut Count) {
+        // As of a look-up in a chain.
+        let rows_out: u64 = count.rows_out.values().sum();
+        count.filtered = count.rows_in.saturating_sub(rows_out + count.dead_letters);
+        count.added = (rows_out + count.dead_letters).saturating_sub(count.rows_in);
     }
 }
 

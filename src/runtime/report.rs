@@ -4,6 +4,7 @@ use tokio::sync::mpsc::Sender;
 
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
+use crate::runtime::counts::{Count, Counts};
 use crate::state::manifest::{Accounts, PartitionProgress, PreparedFile, StateFile};
 use crate::stream::{Barrier, DeadLetter, Micros, Place};
 
@@ -24,6 +25,7 @@ pub enum Report {
         files: Vec<PreparedFile>,
         watermark: Micros,
         dead: Vec<DeadLetter>,
+        count: Count,
     },
     /// Every partition of a source shard was read to the end that was seen at start.
     AtEnd {
@@ -42,6 +44,8 @@ pub struct StatePart {
     /// The keyed files hold everything: older ones are needed no more.
     pub full: bool,
     pub dead: Vec<DeadLetter>,
+    /// Of the operator and the chain behind it, or of the sink.
+    pub counts: Counts,
 }
 
 /// What a source shard read in an epoch.
@@ -55,6 +59,8 @@ pub struct SourceEpoch {
     pub late: Vec<(u16, i32, i64)>,
     pub dead: Vec<DeadLetter>,
     pub accounts: Accounts,
+    /// Of the chain behind the source.
+    pub counts: Counts,
 }
 
 /// Does what ends in a report while the task goes on with the rows behind the barrier: a checkpoint must not delay them.

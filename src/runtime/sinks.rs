@@ -9,6 +9,8 @@ use crate::connectors::AppendSink;
 use crate::connectors::delta::{DeltaConfig, DeltaWriter};
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
+#[cfg(feature = "delta")]
+use crate::runtime::counts::Count;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::metrics::{Metrics, SinkMetrics};
 #[cfg(feature = "delta")]
@@ -44,6 +46,7 @@ impl DeltaTask {
     pub async fn run(mut self) -> Result<()> {
         let mut watermark = crate::stream::START_OF_TIME;
         let mut epoch = self.epoch;
+        let mut count = Count::default();
         loop {
             match self.inbox.next().await? {
                 Event::Changes { batch, .. } => {
@@ -52,17 +55,18 @@ impl DeltaTask {
                     if self.writer.wants_upload() {
                         self.writer.upload(epoch).await?;
                     }
+                    count.rows_in += batch.num_rows() as u64;
                     Metrics::add(&self.metrics.rows, batch.num_rows() as u64);
                 }
                 Event::Watermark { time, .. } => watermark = time,
                 Event::Barrier(barrier) => {
                     let prepared = self.writer.prepare(barrier.epoch)?;
                     epoch = barrier.epoch + 1;
-                    let node = self.node;
+                    let (node, count) = (self.node, std::mem::take(&mut count));
                     behind(&self.reports, async move {
                         let files = prepared.await?.into_iter().map(PreparedFile::from).collect();
                         let dead = Vec::new();
-                        Ok(Report::Prepared { node, epoch: barrier.epoch, files, watermark, dead })
+                        Ok(Report::Prepared { node, epoch: barrier.epoch, files, watermark, dead, count })
                     });
                     if barrier.last {
                         return Ok(());
@@ -96,12 +100,13 @@ impl AppendTask {
     /// # Errors
     /// External: the sink failed.
     pub async fn run(mut self) -> Result<()> {
-        let mut written = false;
+        let (mut written, mut rows) = (false, 0);
         loop {
             match self.inbox.next().await? {
                 Event::Changes { batch, .. } => {
                     self.sink.write(&batch).await?;
                     written = true;
+                    rows += batch.num_rows() as u64;
                     Metrics::add(&self.metrics.rows, batch.num_rows() as u64);
                 }
                 Event::Watermark { .. } => {}
@@ -110,7 +115,10 @@ impl AppendTask {
                     if std::mem::take(&mut written) {
                         self.metrics.committed(Clock.unix_millis());
                     }
-                    let part = StatePart::default();
+                    let mut part = StatePart::default();
+                    let count = part.counts.of(self.node);
+                    count.rows_in = std::mem::take(&mut rows);
+                    count.written = count.rows_in;
                     let report = Report::State { node: self.node, epoch: barrier.epoch, part };
                     self.reports.send(report).await.map_err(coordinator_gone)?;
                     if barrier.last {

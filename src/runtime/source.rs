@@ -122,6 +122,7 @@ impl SourceTask {
         epoch.watermark = (published != START_OF_TIME).then_some(published);
         self.metrics.bury(&self.chain.dead);
         epoch.dead.append(&mut self.chain.dead);
+        epoch.counts = std::mem::take(&mut self.chain.counts);
         self.state.cut = Some((barrier.epoch, self.positions.clone()));
         self.chain.broadcast(&Message::Barrier(barrier), out);
         self.chain.flush_blocking(out)?;

@@ -6,6 +6,7 @@ use tokio::sync::mpsc::Sender;
 use crate::error::Result;
 use crate::plan::NodeId;
 use crate::runtime::chain::{Chain, Outgoing};
+use crate::runtime::counts::Count;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::keyed::{Piece, Saver};
 use crate::runtime::report::{Report, StatePart};
@@ -33,6 +34,9 @@ pub trait Operate: Send + 'static {
     /// # Errors
     /// Internal only.
     fn save(&mut self, epoch: u64) -> Result<(Vec<Piece>, StatePart)>;
+
+    /// Adds what only the operator knows of its rows since the last barrier.
+    fn count(&mut self, count: &mut Count);
 }
 
 pub struct StageTask<O> {
@@ -54,20 +58,27 @@ impl<O: Operate> StageTask<O> {
         loop {
             match self.inbox.next().await? {
                 Event::Changes { batch, reached } => {
+                    self.chain.counts.of(self.node).rows_in += batch.num_rows() as u64;
                     for (port, rows) in self.operator.take_in(batch).await? {
+                        self.chain.counts.out(self.node, port, rows.num_rows());
                         self.chain.run(self.node, port, &rows, &reached, &mut out)?;
                     }
                 }
                 Event::Watermark { time, reached } => {
                     let (rows, time) = self.operator.pass(time)?;
                     for (port, rows) in rows {
+                        self.chain.counts.out(self.node, port, rows.num_rows());
                         self.chain.run(self.node, port, &rows, &reached, &mut out)?;
                     }
                     self.chain.broadcast(&Message::Watermark { time, reached }, &mut out);
                 }
                 Event::Barrier(barrier) => {
                     let (pieces, mut part) = self.operator.save(barrier.epoch)?;
+                    let count = self.chain.counts.of(self.node);
+                    count.dead_letters += part.dead.len() as u64;
+                    self.operator.count(count);
                     part.dead.append(&mut self.chain.dead);
+                    part.counts = std::mem::take(&mut self.chain.counts);
                     self.saver.save_behind(self.node, barrier.epoch, pieces, part, &self.reports);
                     self.chain.broadcast(&Message::Barrier(barrier), &mut out);
                     self.chain.flush(&mut out).await?;

@@ -88,7 +88,7 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
 }
 
 /// Opens the source; a generator keeps the start of its first run, files their names.
-async fn connector(
+pub(super) async fn connector(
     source: &SourcePlan,
     #[cfg_attr(not(feature = "kafka"), expect(unused_variables, reason = "the name of a consumer group"))]
     name: &str,
@@ -123,7 +123,7 @@ async fn connector(
 }
 
 /// A source and what the manifest keeps of it.
-type Opened = (Arc<dyn SourceConnector>, Option<serde_json::Value>);
+pub(super) type Opened = (Arc<dyn SourceConnector>, Option<serde_json::Value>);
 
 /// Offsets of the newest manifest of a state; empty when there is none.
 ///
@@ -183,6 +183,7 @@ async fn claim_online(store: Arc<dyn OnlineStore>, node: &str, manifest: &Manife
 /// The state belongs to what the SQL said when it was written.
 fn check_fingerprints(plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
     for (id, node) in plan.nodes.iter().enumerate() {
+        check_copied(plan, id, manifest)?;
         let Some(known) = manifest.fingerprints.get(&node.id) else { continue };
         if *known != plan.fingerprint(id) {
             let message = format!("{} is not what it was when the state was written", node.id);
@@ -192,6 +193,21 @@ fn check_fingerprints(plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A pipeline that began as a copy must not take up the NDJSON files of the one that it was copied from: a start removes
+/// those of later epochs. Tables guard themselves by the id of their state, online stores by their fence.
+fn check_copied(plan: &StreamPlan, id: NodeId, manifest: &Manifest) -> Result<()> {
+    let node = &plan.nodes[id];
+    let NodeKind::Sink(sink) = &node.kind else { return Ok(()) };
+    let theirs = manifest.copied.as_ref().and_then(|copied| copied.sinks.get(&node.id));
+    if !matches!(sink.kind, SinkKind::Ndjson(_)) || theirs != Some(&plan.fingerprint(id)) {
+        return Ok(());
+    }
+    let from = manifest.copied.as_ref().map_or("", |copied| copied.pipeline.as_str());
+    let message =
+        format!("sink {} still writes where the sink of {from} writes, of which this is a copy", sink.name);
+    Err(Error::user(message).hint("Give every sink of the copy another location, as by --set LAKE=…."))
 }
 
 /// Where each partition is read from: the manifest, else `scan_startup`; a new partition from its start.

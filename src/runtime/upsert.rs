@@ -8,6 +8,7 @@ use crate::connectors::delta::upsert::Stager;
 use crate::error::Result;
 use crate::operators::newest::Newest;
 use crate::plan::NodeId;
+use crate::runtime::counts::Count;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::letters;
 use crate::runtime::metrics::{Metrics, SinkMetrics};
@@ -38,6 +39,7 @@ impl UpsertTask {
     pub async fn run(mut self) -> Result<()> {
         let mut watermark = START_OF_TIME;
         let mut dead = Vec::new();
+        let mut count = Count::default();
         loop {
             match self.inbox.next().await? {
                 Event::Changes { batch, .. } => {
@@ -56,14 +58,17 @@ impl UpsertTask {
                             ));
                         }
                     }
+                    count.rows_in += batch.num_rows() as u64;
                     Metrics::add(&self.metrics.rows, batch.num_rows() as u64);
                 }
                 Event::Watermark { time, .. } => watermark = time,
                 Event::Barrier(barrier) => {
                     let files = self.stage(barrier.epoch).await?;
                     let dead = std::mem::take(&mut dead);
-                    let report =
-                        Report::Prepared { node: self.node, epoch: barrier.epoch, files, watermark, dead };
+                    let mut count = std::mem::take(&mut count);
+                    count.dead_letters = dead.len() as u64;
+                    let (node, epoch) = (self.node, barrier.epoch);
+                    let report = Report::Prepared { node, epoch, files, watermark, dead, count };
                     self.reports.send(report).await.map_err(coordinator_gone)?;
                     if barrier.last {
                         return Ok(());

@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::accounts::NodeAccounts;
 use crate::error::{Error, Result};
 use crate::stream::{Micros, Place, Positions};
 
@@ -68,6 +69,12 @@ pub struct Manifest {
     /// The stream was ended with `--close`; nothing can be added.
     #[serde(default)]
     pub closed: bool,
+    /// The last of a run that ended as it should.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stopped: bool,
+    /// Time between the checkpoints of the run that wrote the newest data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval_ms: Option<u64>,
     /// By source name.
     #[serde(default)]
     pub sources: BTreeMap<String, SourceProgress>,
@@ -82,6 +89,9 @@ pub struct Manifest {
     pub ledger: Vec<Segment>,
     #[serde(default)]
     pub dead_letters: Vec<Segment>,
+    /// By source, view or sink: how many dead letters of each kind.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub letters: BTreeMap<String, BTreeMap<String, u64>>,
     /// Prepared in [`Manifest::data_epoch`]; to be replayed unchanged after a claim.
     #[serde(default)]
     pub commits: Vec<PreparedCommit>,
@@ -91,6 +101,18 @@ pub struct Manifest {
     /// By view or sink: what its state depends on.
     #[serde(default)]
     pub fingerprints: BTreeMap<String, String>,
+    /// The checkpoint of another pipeline that this state began as.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copied: Option<Copied>,
+}
+
+/// Where a state was copied from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Copied {
+    pub pipeline: String,
+    pub epoch: u64,
+    /// Its sinks' fingerprints: a sink must not write into the same files.
+    pub sinks: BTreeMap<String, String>,
 }
 
 /// How far a source was read.
@@ -154,6 +176,9 @@ pub struct NodeProgress {
     /// Facts that only the operator or sink understands.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub facts: Option<Value>,
+    /// `None`: not in the plan of the newest data manifest, or written by a program that did not count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accounts: Option<NodeAccounts>,
 }
 
 /// A file of keyed state.
@@ -418,6 +443,7 @@ pub fn next_claim(
             writer,
             kind: Kind::Claim,
             created_at_ms: now_ms,
+            stopped: false,
             ..last.clone()
         },
         None => Manifest {
@@ -433,15 +459,40 @@ pub fn next_claim(
             data_epoch: None,
             previous_data_epoch: None,
             closed: false,
+            stopped: false,
+            interval_ms: None,
             sources: BTreeMap::new(),
             nodes: BTreeMap::new(),
             files: Vec::new(),
             ledger: Vec::new(),
             dead_letters: Vec::new(),
+            letters: BTreeMap::new(),
             commits: Vec::new(),
             garbage: Vec::new(),
             fingerprints: BTreeMap::new(),
+            copied: None,
         },
+    }
+}
+
+/// The first manifest of a state of its own, named `pipeline`, that goes on where data manifest `of` was: its commits
+/// stay with the tables of the other one, so the copy must write elsewhere.
+pub fn copy_of(of: &Manifest, new_state_id: Uuid, claimant: &Claimant<'_>) -> Manifest {
+    // A node of a view has the view in its name.
+    let sink = |id: &str| super::accounts::view_of(id).is_none();
+    let (sinks, fingerprints) = of.fingerprints.clone().into_iter().partition(|(id, _)| sink(id));
+    Manifest {
+        writer: claimant.writer,
+        state_id: new_state_id,
+        pipeline: claimant.pipeline.to_owned(),
+        created_at_ms: claimant.now_ms,
+        previous_data_epoch: None,
+        stopped: true,
+        commits: Vec::new(),
+        garbage: Vec::new(),
+        fingerprints,
+        copied: Some(Copied { pipeline: of.pipeline.clone(), epoch: of.epoch, sinks }),
+        ..of.clone()
     }
 }
 

@@ -7,6 +7,8 @@
 //! Three formats here are persistent: the key hash (frozen by golden values), the state file and the manifest (each
 //! with a format version that is checked before anything else is believed).
 
+pub mod accounts;
+pub mod compaction;
 pub mod files;
 pub mod keys;
 pub mod manifest;

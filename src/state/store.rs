@@ -21,8 +21,8 @@ use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions};
 use uuid::Uuid;
 
 use super::manifest::{
-    Claimant, Exists, FOLDERS, Fence, Manifest, after_create, manifest_epoch, manifest_path, next_claim,
-    orphans_of, resolve_exists,
+    Claimant, Exists, FOLDERS, Fence, Manifest, after_create, copy_of, manifest_epoch, manifest_path,
+    next_claim, orphans_of, resolve_exists,
 };
 use crate::error::{Error, Result};
 use crate::stream::clock::Clock;
@@ -120,13 +120,7 @@ impl StateStore {
         let state_id = Uuid::new_v4();
         for _ in 0..CLAIM_ATTEMPTS {
             let previous = self.latest().await?;
-            if let Some(last) = previous.as_ref().filter(|last| last.pipeline != pipeline) {
-                return Err(Error::user(format!(
-                    "the state at {} belongs to pipeline {}, not to {pipeline}",
-                    self.prefix, last.pipeline
-                ))
-                .hint("Give this pipeline a folder of its own with --state, or its old name with --name."));
-            }
+            previous.as_ref().map_or(Ok(()), |last| self.check_owner(last, pipeline))?;
             let claimant = Claimant { pipeline, writer: self.writer, now_ms: self.clock.unix_millis() };
             let manifest = next_claim(previous.as_ref(), floor, state_id, &claimant);
             match self.create(&manifest).await? {
@@ -137,10 +131,90 @@ impl StateStore {
                 }
             }
         }
-        Err(Error::external(format!(
-            "pipeline {pipeline} was claimed by others {CLAIM_ATTEMPTS} times in a row"
-        ))
-        .hint("Check how many processes of this pipeline are being started; only one can run."))
+        Err(overtaken(pipeline))
+    }
+
+    /// Begins the pipeline's state anew: publishes a claim without progress and with a new id, which fences a running
+    /// process, then deletes every other file. `None`: there was no state. The chain goes on, so that epochs and
+    /// generations stay above those that sinks know, and the fenced process finds its next epoch taken.
+    ///
+    /// # Errors
+    /// As [`StateStore::claim`].
+    pub async fn reset(&self, pipeline: &str) -> Result<Option<Manifest>> {
+        for _ in 0..CLAIM_ATTEMPTS {
+            let Some(last) = self.latest().await? else { return Ok(None) };
+            self.check_owner(&last, pipeline)?;
+            let claimant = Claimant { pipeline, writer: self.writer, now_ms: self.clock.unix_millis() };
+            let empty = next_claim(None, last.epoch + 1, Uuid::new_v4(), &claimant);
+            if let Created::Mine = self.create(&empty).await? {
+                self.fence(pipeline, empty.epoch).await?;
+                let mine = manifest_path(empty.epoch);
+                let mut others = self.files().await?;
+                others.retain(|path| *path != mine && check_path(path).is_ok());
+                self.delete_files(&others).await?;
+                return Ok(Some(empty));
+            }
+        }
+        Err(overtaken(pipeline))
+    }
+
+    /// Copies a data manifest and its files into an empty folder, as the state of a pipeline named `pipeline`.
+    ///
+    /// # Errors
+    /// User: there is a state already. External: a store failed, or a file of the manifest is gone.
+    pub async fn copy_to(&self, manifest: &Manifest, to: &Self, pipeline: &str) -> Result<Manifest> {
+        if !to.files().await?.is_empty() {
+            return Err(Error::user(format!("there are files of a state at {} already", to.shown()))
+                .hint("Name an empty folder."));
+        }
+        for path in manifest.referenced() {
+            to.put_file(path, self.get_file(path).await?).await?;
+        }
+        let claimant = Claimant { pipeline, writer: to.writer, now_ms: to.clock.unix_millis() };
+        let copy = copy_of(manifest, Uuid::new_v4(), &claimant);
+        to.publish(&copy).await?;
+        Ok(copy)
+    }
+
+    /// The manifests that are kept, oldest first.
+    ///
+    /// # Errors
+    /// As [`StateStore::latest`].
+    pub async fn manifests(&self) -> Result<Vec<Manifest>> {
+        let mut epochs = self.epochs_after(0).await?;
+        epochs.sort_unstable();
+        let mut manifests = Vec::new();
+        for epoch in epochs {
+            // One that is gone was pruned meanwhile.
+            manifests.extend(self.read(epoch).await?);
+        }
+        Ok(manifests)
+    }
+
+    /// Every file of the state.
+    ///
+    /// # Errors
+    /// External: the store failed.
+    pub async fn files(&self) -> Result<Vec<String>> {
+        let mut listed = Vec::new();
+        for folder in FOLDERS.into_iter().chain(["manifest"]) {
+            listed.extend(self.list(folder, None).await?);
+        }
+        Ok(listed)
+    }
+
+    fn check_owner(&self, last: &Manifest, pipeline: &str) -> Result<()> {
+        if last.pipeline == pipeline {
+            return Ok(());
+        }
+        let (place, owner) = (self.shown(), &last.pipeline);
+        Err(Error::user(format!("the state at {place} belongs to pipeline {owner}, not to {pipeline}"))
+            .hint("Give this pipeline a folder of its own with --state, or its old name with --name."))
+    }
+
+    fn shown(&self) -> String {
+        let prefix = self.prefix.to_string();
+        if prefix.is_empty() { self.store.to_string() } else { prefix }
     }
 
     /// Publishes the next manifest of a claimed chain and checks that we still own it.
@@ -256,11 +330,7 @@ impl StateStore {
     /// # Errors
     /// External: the store failed.
     pub async fn unreferenced(&self, claim: &Manifest) -> Result<Vec<String>> {
-        let mut listed = Vec::new();
-        for folder in FOLDERS.into_iter().chain(["manifest"]) {
-            listed.extend(self.list(folder, None).await?);
-        }
-        Ok(orphans_of(claim, listed))
+        Ok(orphans_of(claim, self.files().await?))
     }
 
     async fn epochs_after(&self, epoch: u64) -> Result<Vec<u64>> {
@@ -325,6 +395,11 @@ impl StateStore {
 /// Whether the same request may succeed later, or has perhaps succeeded although it failed.
 fn may_pass(error: &object_store::Error) -> bool {
     matches!(error, object_store::Error::Generic { .. } | object_store::Error::JoinError { .. })
+}
+
+fn overtaken(pipeline: &str) -> Error {
+    Error::external(format!("pipeline {pipeline} was claimed by others {CLAIM_ATTEMPTS} times in a row"))
+        .hint("Check how many processes of this pipeline are being started; only one can run.")
 }
 
 fn fenced(pipeline: &str, by: u64) -> Error {

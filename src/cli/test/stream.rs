@@ -26,6 +26,7 @@ use crate::plan::lower::Emission;
 use crate::plan::source::METADATA;
 use crate::plan::{Edge, Node, NodeKind, OnlineKind, SinkKind, SinkPlan, SourceKind, SourcePlan, StreamPlan};
 use crate::runtime::{Metrics, RunOptions};
+use crate::state::accounts::faults;
 use crate::state::manifest::Manifest;
 use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
@@ -337,8 +338,8 @@ async fn accounts(folder: &Path, partitions: &[Vec<usize>]) -> Result<(u64, BTre
     let manifest: Manifest =
         store.latest().await?.ok_or_else(|| Error::internal("a run left no manifest"))?;
     let late = manifest.sources.values().map(|source| source.accounts.late).sum();
-    if let Some((name, _)) = manifest.sources.iter().find(|(_, source)| !source.accounts.balanced()) {
-        return Err(Error::internal(format!("the accounts of the source {name} do not add up")));
+    if let Some(fault) = faults(&manifest).first() {
+        return Err(Error::internal(format!("the accounts of {} do not add up: {}", fault.at, fault.what)));
     }
     let mut dead = BTreeSet::new();
     for segment in &manifest.dead_letters {

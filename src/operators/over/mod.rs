@@ -28,7 +28,7 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::{DataType, Schema, SchemaRef};
 
-pub use snapshot::{OverSnapshot, times_of};
+pub use snapshot::OverSnapshot;
 pub use spec::{Frame, Function, OverSpec, WindowCall};
 
 use crate::error::Result;
@@ -53,6 +53,14 @@ struct Sliding {
 struct Cursor {
     cells: Vec<Cell>,
     left: Vec<usize>,
+}
+
+/// What became of rows: settled or late since the last count, held now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    pub settled: u64,
+    pub late: u64,
+    pub held: u64,
 }
 
 #[derive(Debug)]
@@ -90,6 +98,9 @@ pub struct Over {
     fresh: Vec<ChangeBatch>,
     dirty: Vec<u32>,
     late: u64,
+    pending_rows: u64,
+    /// Since they were last asked for.
+    tally: Tally,
     hashes: Vec<u64>,
     slots: Vec<u32>,
     touched: Vec<u32>,
@@ -143,6 +154,8 @@ impl Over {
             fresh: Vec::new(),
             dirty: Vec::new(),
             late: 0,
+            pending_rows: 0,
+            tally: Tally::default(),
             hashes: Vec::new(),
             slots: Vec::new(),
             touched: Vec::new(),
@@ -173,6 +186,11 @@ impl Over {
     /// fault of ours.
     pub fn late(&self) -> u64 {
         self.late
+    }
+
+    /// What became of rows since the last call.
+    pub fn tally(&mut self) -> Tally {
+        Tally { held: self.pending_rows, ..std::mem::take(&mut self.tally) }
     }
 
     /// Rows whose event time is below this are needed by no frame any more.
@@ -260,6 +278,8 @@ impl Over {
         let times = batch.origin.time.values();
         let kept = times.iter().filter(|time| **time >= pending_from).count();
         self.late += (times.len() - kept) as u64;
+        self.tally.late += (times.len() - kept) as u64;
+        self.pending_rows += kept as u64;
         if kept == 0 {
             return Ok(());
         }
@@ -360,6 +380,8 @@ impl Over {
             return;
         }
         key.rows.finalise(at - first);
+        self.pending_rows -= (at - first) as u64;
+        self.tally.settled += (at - first) as u64;
         if !std::mem::replace(&mut key.dirty, true) {
             self.dirty.push(slot);
         }

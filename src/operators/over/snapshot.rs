@@ -140,8 +140,9 @@ impl Over {
             }
             let entry = Entry { time, place, offset, chunk, row: row as u32 };
             self.keys[*slot as usize].rows.insert(entry);
-            if time < self.watermark {
-                self.chunks.emitted(&entry);
+            match time < self.watermark {
+                true => self.chunks.emitted(&entry),
+                false => self.pending_rows += 1,
             }
         }
         self.slots = slots;
@@ -207,10 +208,4 @@ fn without_origin(batch: &RecordBatch, schema: &Arc<Schema>) -> Result<ChangeBat
     let rows = RecordBatch::try_new(Arc::clone(schema), batch.columns()[..width].to_vec());
     let rows = rows.map_err(|_| other_shape())?;
     Ok(ChangeBatch::append(rows, Origin { time, place, offset }))
-}
-
-/// Smallest and largest event time of a segment of rows.
-pub fn times_of(rows: &RecordBatch) -> Option<(Micros, Micros)> {
-    let times = rows.column_by_name(ORIGIN[0])?.as_primitive_opt::<Int64Type>()?;
-    Some((arrow::compute::min(times)?, arrow::compute::max(times)?))
 }

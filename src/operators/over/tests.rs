@@ -180,7 +180,9 @@ fn restart(over: &mut Over, spec: &OverSpec, saved: &mut Saved) {
     saved.rows.extend(snapshot.rows);
     saved.keys.extend(snapshot.keys);
     let horizon = over.horizon();
-    saved.rows.retain(|rows| super::snapshot::times_of(rows).is_some_and(|(_, newest)| newest >= horizon));
+    saved
+        .rows
+        .retain(|rows| crate::state::compaction::times_of(rows).is_some_and(|(_, newest)| newest >= horizon));
     let mut next = Over::new(spec.clone()).unwrap();
     next.restore(&saved.rows, &saved.keys, over.watermark()).unwrap();
     *over = next;
