@@ -11,6 +11,7 @@
 mod access;
 mod brokers;
 mod case;
+mod changed;
 mod compaction;
 mod dev;
 mod faults;
@@ -23,6 +24,7 @@ mod options;
 mod pipeline;
 mod random;
 mod readme;
+mod sandbox;
 mod secured;
 mod shipped;
 mod slt;

@@ -7,6 +7,7 @@ mod dev;
 mod help;
 mod live;
 mod output;
+mod plan;
 mod progress;
 mod reset;
 mod screen;
@@ -24,6 +25,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::connectors::files;
+use crate::connectors::sandbox::Sandbox;
 use crate::error::{Domain, Error, Result};
 use crate::plan::StreamPlan;
 use crate::runtime::{Metrics, Outcome, RunOptions};
@@ -49,6 +51,15 @@ struct Files {
     /// Sets a ${VARIABLE} of the SQL files, before the environment.
     #[arg(long = "set", value_name = "NAME=VALUE")]
     set: Vec<String>,
+    /// Refuses SQL and states that name files outside this folder, or s3://bucket/prefix; may be given again.
+    #[arg(long, value_name = "ROOT")]
+    sandbox: Vec<String>,
+}
+
+impl Files {
+    fn sandbox(&self) -> Result<Sandbox> {
+        Sandbox::new(&self.sandbox)
+    }
 }
 
 /// Which state is meant.
@@ -66,7 +77,7 @@ impl StateArgs {
     /// Name and location.
     fn target(&self, files: &Files) -> Result<(String, String)> {
         let name = pipeline_name(files, self.name.as_deref(), &[])?;
-        let state = self.state.clone().unwrap_or_else(|| format!("./.millstream/{name}"));
+        let state = state_of(files, self.state.clone(), &name)?;
         Ok((name, state))
     }
 }
@@ -98,6 +109,10 @@ enum Command {
     Checkpoints(checkpoints::CheckpointsArgs),
     /// Deletes the state of a pipeline, dead letters and late ledger included, so that it begins anew.
     Reset(reset::ResetArgs),
+    /// Says what the state keeps of changed SQL: views and sinks that are new, unchanged, changed or gone.
+    ///
+    /// Looks at state and tables and changes nothing. Exit code 0: run would start; 1: it would refuse.
+    Plan(plan::PlanArgs),
     /// Prints help: of a command, "connectors" (what there is), or "connector NAME" (its options).
     Help {
         #[arg(value_name = "TOPIC")]
@@ -230,6 +245,7 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Help { topic } => help::run(&topic),
         Command::Query(args) => query(args).await,
         Command::Test(args) => return test::run(args).await,
+        Command::Plan(args) => return plan::run(args).await,
     };
     done.map(|()| ExitCode::SUCCESS)
 }
@@ -258,10 +274,12 @@ fn load_with(files: &Files, own: &[(String, String)]) -> Result<Catalog> {
     let variables = Variables { overrides: set, environment: &environment };
     let paths = catalog::pipeline_files(&files.files)?;
     let texts = paths.iter().map(|path| catalog::read(path)).collect::<Result<Vec<_>>>()?;
-    Catalog::load(&texts, &variables)
+    let catalog = Catalog::load(&texts, &variables)?;
+    crate::plan::sandbox::check(&catalog, &files.sandbox()?)?;
+    Ok(catalog)
 }
 
-/// The folder's or file's stem; with one sink, `<name>.<sink>`.
+/// The folder's or file's stem; with sinks, `<name>.<sink>+<sink>`.
 fn pipeline_name(files: &Files, name: Option<&str>, sinks: &[String]) -> Result<String> {
     let stem =
         files.files.first().and_then(|path| path.file_stem()).map(|stem| stem.to_string_lossy().into_owned());
@@ -271,10 +289,18 @@ fn pipeline_name(files: &Files, name: Option<&str>, sinks: &[String]) -> Result<
             Error::user(format!("'{name}' is no name of a pipeline")).hint("Use letters, digits, - and _.")
         );
     }
+    // Some of the sinks are a pipeline of their own: the state of all of them has more.
     Ok(match sinks {
-        [one] => format!("{name}.{one}"),
-        _ => name,
+        [] => name,
+        some => format!("{name}.{}", some.join("+")),
     })
+}
+
+/// Where the state of a pipeline lies.
+fn state_of(files: &Files, state: Option<String>, name: &str) -> Result<String> {
+    let state = state.unwrap_or_else(|| format!("./.millstream/{name}"));
+    files.sandbox()?.check(&state, false).map_err(|error| error.context("--state"))?;
+    Ok(state)
 }
 
 async fn run(args: RunArgs) -> Result<()> {
@@ -284,7 +310,7 @@ async fn run(args: RunArgs) -> Result<()> {
     let name = pipeline_name(&args.files, args.name.as_deref(), &args.sink)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let options = RunOptions {
-        state: args.state.unwrap_or_else(|| format!("./.millstream/{name}")),
+        state: state_of(&args.files, args.state, &name)?,
         name: name.clone(),
         parallelism: args.parallelism.unwrap_or(cores).clamp(1, 256),
         checkpoint: args.checkpoint,
@@ -327,6 +353,12 @@ async fn query(args: QueryArgs) -> Result<()> {
         }
     };
     let variables = Variables { overrides: overrides(&args.files.set)?, environment: &environment };
-    let answer = crate::batch::query(&catalog, &plan, &args.sql, &variables, args.state.as_deref()).await?;
+    let sandbox = args.files.sandbox()?;
+    if let Some(state) = &args.state {
+        sandbox.check(state, false).map_err(|error| error.context("--state"))?;
+    }
+    let world =
+        crate::batch::World { variables: &variables, state: args.state.as_deref(), sandbox: &sandbox };
+    let answer = crate::batch::query(&catalog, &plan, &args.sql, &world).await?;
     output::rows(&answer, args.format)
 }

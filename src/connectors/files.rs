@@ -34,7 +34,22 @@ enum Location {
     Bucket(Url),
 }
 
+/// Locations are printed, and stored in manifests: nothing in them may be secret.
+///
+/// # Errors
+/// User: the location has a user or password in it, which the message leaves out.
+pub fn without_credentials(location: &str) -> Result<()> {
+    let server =
+        location.split_once("://").map_or("", |(_, rest)| rest.split('/').next().unwrap_or_default());
+    match server.contains('@') {
+        true => Err(Error::user("a location cannot have credentials in it")
+            .hint("Leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role.")),
+        false => Ok(()),
+    }
+}
+
 fn parse(location: &str) -> Result<Location> {
+    without_credentials(location)?;
     match scheme(location) {
         None => Ok(Location::Local(PathBuf::from(location))),
         Some("file") => {
@@ -193,6 +208,8 @@ mod tests {
     fn bad_locations_are_refused() {
         let error = open("gs://bucket/x").unwrap_err();
         assert!(error.message().contains("gs"), "{error}");
+        let error = open("s3://AKIA:hush@bucket/x").unwrap_err();
+        assert!(error.message().contains("credentials") && !format!("{error:?}").contains("hush"), "{error}");
         assert!(open("s3://").unwrap_err().hint_text().unwrap().contains("s3://bucket"));
     }
 

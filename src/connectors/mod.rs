@@ -23,6 +23,7 @@ pub mod records;
 #[cfg(feature = "redis")]
 pub mod redis;
 pub mod reference;
+pub mod sandbox;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -6,7 +6,9 @@
 //!
 //! `Display` of a plan is what `EXPLAIN` and `millstream explain` print.
 
+pub mod changes;
 mod closing;
+mod fingerprint;
 mod group;
 mod join;
 pub mod lower;
@@ -14,6 +16,7 @@ mod prepared;
 #[cfg(feature = "redis")]
 pub mod remote;
 mod retract;
+pub mod sandbox;
 pub mod session;
 pub mod sinks;
 pub mod source;
@@ -151,15 +154,15 @@ impl StreamPlan {
         })
     }
 
-    /// What a node means, as text: equal texts keep their state across restarts (DESIGN §6 *changed SQL*).
-    pub fn fingerprint(&self, id: NodeId) -> String {
+    /// What a node means in the first format of [`fingerprint`], for states that were written with it.
+    fn fingerprint_v1(&self, id: NodeId) -> String {
         let mut text = self.describe(id);
         match &self.nodes[id].inputs[..] {
             [] => {}
-            [edge] => text.push_str(&format!(" <- [{}] {}", edge.port, self.fingerprint(edge.from))),
+            [edge] => text.push_str(&format!(" <- [{}] {}", edge.port, self.fingerprint_v1(edge.from))),
             edges => {
                 for edge in edges {
-                    text.push_str(&format!(" <- ([{}] {})", edge.port, self.fingerprint(edge.from)));
+                    text.push_str(&format!(" <- ([{}] {})", edge.port, self.fingerprint_v1(edge.from)));
                 }
             }
         }

@@ -13,13 +13,14 @@ use tokio::sync::watch;
 
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, StreamPlan};
+use crate::runtime::changes;
 use crate::runtime::compaction::Compaction;
 use crate::runtime::counts::{self, Counts};
 use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::letters;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::report::{Command, Report, SourceEpoch, StatePart};
-use crate::runtime::start::{World, fingerprints, open};
+use crate::runtime::start::{World, open};
 use crate::runtime::tables::prepared_commits;
 use crate::state::manifest::{Manifest, PreparedFile, Segment, garbage_of};
 use crate::stream::clock::Clock;
@@ -83,13 +84,13 @@ struct Coordinator {
 /// # Errors
 /// User: SQL, options or state that do not fit. External: the outside world failed. Fenced: overtaken.
 pub async fn run(
-    plan: StreamPlan,
+    mut plan: StreamPlan,
     options: RunOptions,
     metrics: Arc<Metrics>,
     stop: watch::Receiver<bool>,
 ) -> Result<Outcome> {
+    let world = open(&mut plan, &options.name, &options.state).await?;
     let plan = Arc::new(plan);
-    let world = open(&plan, &options.name, &options.state).await?;
     if world.manifest.closed {
         return Ok(Outcome::AlreadyClosed);
     }
@@ -239,7 +240,7 @@ impl Coordinator {
         next.closed = close;
         next.stopped = last;
         next.interval_ms = u64::try_from(self.options.checkpoint.as_millis()).ok();
-        next.fingerprints = fingerprints(&self.plan);
+        changes::forget(&self.plan, next);
         let mut dead = std::mem::take(&mut gathered.dead);
         gathered.states.iter_mut().for_each(|(_, part)| dead.append(&mut part.dead));
         // Sources have counted theirs.

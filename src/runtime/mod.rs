@@ -5,6 +5,7 @@
 
 pub mod chain;
 mod compaction;
+pub mod changes;
 pub mod coordinator;
 mod counts;
 mod discovery;

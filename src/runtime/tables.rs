@@ -5,10 +5,12 @@ use std::sync::atomic::Ordering;
 
 use tokio::task::JoinHandle;
 
-use crate::connectors::delta::table::checkpoint;
-use crate::connectors::delta::{CommitProgress, Committed, DeltaCommitter, PreparedFile as DeltaFile};
+use crate::connectors::delta::table::{checkpoint, exists, newest_epoch};
+use crate::connectors::delta::{
+    CommitProgress, Committed, DeltaCommitter, DeltaConfig, PreparedFile as DeltaFile, TableState,
+};
 use crate::error::{Error, Result};
-use crate::plan::{NodeId, SinkKind, StreamPlan};
+use crate::plan::{NodeId, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::metrics::Metrics;
 use crate::state::manifest::{self, Manifest, PreparedCommit, PreparedFile};
 use crate::stream::clock::Clock;
@@ -36,7 +38,6 @@ impl Tables {
     pub async fn open(plan: &StreamPlan, name: &str, latest: Option<&Manifest>, state: &str) -> Result<Self> {
         let mut tables =
             Self { committers: BTreeMap::new(), missing: Vec::new(), newest: 0, checkpoint: None };
-        let ours = latest.map(|manifest| manifest.state_id.to_string());
         for (node, sink) in plan.sinks() {
             let SinkKind::Delta(config) = &sink.kind else { continue };
             let stored = config.stored_rows(&sink.schema)?;
@@ -44,15 +45,8 @@ impl Tables {
             tables.newest = tables.newest.max(table.last_epoch.max(table.max_generation).unwrap_or(0));
             if !table.exists {
                 tables.missing.push(node);
-            } else if ours.is_none() || table.state_id != ours {
-                let message = format!(
-                    "sink {}: the table {} already exists and belongs to another state than {state}",
-                    sink.name, config.location
-                );
-                let hint = "Continue with the state that wrote it (--state, --name), write to another location, or \
-                            remove the table; rebuilding it from history comes with a later version.";
-                return Err(Error::user(message).hint(hint));
             }
+            fits(&sink.name, &config.location, &table, latest, state)?;
             tables.committers.insert(node, committer);
         }
         Ok(tables)
@@ -120,6 +114,74 @@ impl Tables {
         });
         self.checkpoint = Some(running);
     }
+}
+
+/// As [`fits`], of the table as it is; nothing is made.
+///
+/// # Errors
+/// User: those of [`fits`], or the table has other columns. External: the store failed.
+pub async fn look(
+    config: &DeltaConfig,
+    sink: &SinkPlan,
+    pipeline: &str,
+    latest: Option<&Manifest>,
+    state: &str,
+) -> Result<()> {
+    let stored = config.stored_rows(&sink.schema)?;
+    if !exists(&config.location).await? {
+        return Ok(());
+    }
+    let (_, table) = DeltaCommitter::open(config, &stored, pipeline, &sink.name).await?;
+    fits(&sink.name, &config.location, &table, latest, state)
+}
+
+/// Whether a prepared commit is in its table, or the table is gone.
+///
+/// # Errors
+/// External: the store failed.
+pub async fn is_committed(commit: &PreparedCommit, pipeline: &str) -> Result<bool> {
+    if !exists(&commit.location).await? {
+        return Ok(true);
+    }
+    let newest = newest_epoch(&commit.location, &format!("{pipeline}/{}", commit.sink)).await?;
+    Ok(newest.is_some_and(|newest| newest >= commit.epoch))
+}
+
+/// Whether the table of a sink may be written on from the state whose newest manifest is `latest`.
+///
+/// # Errors
+/// User: it belongs to another state, or lacks rows that the pipeline read while it did not have the sink.
+pub fn fits(
+    sink: &str,
+    location: &str,
+    table: &TableState,
+    latest: Option<&Manifest>,
+    state: &str,
+) -> Result<()> {
+    if !table.exists {
+        return Ok(());
+    }
+    let ours = latest.map(|manifest| manifest.state_id.to_string());
+    if ours.is_none() || table.state_id != ours {
+        let message = format!(
+            "sink {sink}: the table {location} already exists and belongs to another state than {state}"
+        );
+        let hint = "Continue with the state that wrote it (--state, --name), write to another location, or \
+                    remove the table; rebuilding it from history comes with a later version.";
+        return Err(Error::user(message).hint(hint));
+    }
+    // A table of ours without a commit was made by a start that came to nothing.
+    let known = latest.is_some_and(|manifest| manifest.fingerprints.contains_key(sink));
+    if let Some(epoch) = table.last_epoch.filter(|_| !known) {
+        let message = format!(
+            "sink {sink}: the table {location} has its rows up to epoch {epoch} and none of those that the pipeline \
+             read without it"
+        );
+        let hint = "Write to another location, or remove the table; filling the gap from history comes with a later \
+                    version.";
+        return Err(Error::user(message).hint(hint));
+    }
+    Ok(())
 }
 
 async fn replay(

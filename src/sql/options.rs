@@ -200,6 +200,11 @@ impl Options {
         self.left.get(key).filter(|option| !option.secret).map(|option| option.value.clone())
     }
 
+    /// The options that are left, as they stand in the SQL; of a secret, where it is kept.
+    pub fn values(&self) -> impl Iterator<Item = (&str, &OptionValue)> {
+        self.left.iter().map(|(key, option)| (key.as_str(), option))
+    }
+
     pub fn owner(&self) -> &str {
         &self.owner
     }
