@@ -14,6 +14,7 @@ mod case;
 mod changed;
 mod compaction;
 mod dev;
+mod disk;
 mod faults;
 mod fixtures;
 mod groups;

@@ -15,6 +15,7 @@ use object_store::path::Path;
 use object_store::prefix::PrefixStore;
 use url::Url;
 
+use super::patient::Patient;
 use crate::error::{Error, Result};
 
 /// How long a store may take to give its first answer, retries included.
@@ -154,7 +155,7 @@ fn local(path: &FilePath) -> Result<Located> {
     let url = Url::from_directory_path(&path)
         .map_err(|()| Error::user(format!("{} is no location", path.display())))?;
     let store = LocalFileSystem::new_with_prefix(&path)?;
-    Ok(Located { store: Arc::new(store), url })
+    Ok(Located { store: Arc::new(Patient(store)), url })
 }
 
 /// `None` for a path.
