@@ -20,6 +20,7 @@ mod fixtures;
 mod groups;
 mod layout;
 mod lookups;
+mod memory;
 mod online;
 mod options;
 mod pipeline;

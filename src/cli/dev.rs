@@ -101,6 +101,7 @@ fn options(name: &str, state: &str) -> RunOptions {
         checkpoint: Duration::from_secs(1),
         until_end: false,
         close: false,
+        memory: crate::runtime::memory::default_budget(),
         console: super::output::console,
     }
 }

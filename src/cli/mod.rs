@@ -29,7 +29,7 @@ use crate::connectors::sandbox::Sandbox;
 use crate::error::{Domain, Error, Result};
 use crate::plan::StreamPlan;
 use crate::runtime::{Metrics, Outcome, RunOptions};
-use crate::sql::options::parse_duration;
+use crate::sql::options::{parse_duration, parse_size};
 use crate::sql::place::render;
 use crate::sql::{Catalog, Variables, catalog};
 use crate::state::store::StateStore;
@@ -153,6 +153,10 @@ struct RunArgs {
     /// A line every second instead of the live view, on a terminal too.
     #[arg(long)]
     plain: bool,
+    /// Budget of resident memory, such as 2GB; default: 70 % of what the machine or the container allows. Above 80 % of
+    /// it partitions ahead of the watermark wait; a state that is larger stops the pipeline after a last checkpoint.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    memory: Option<u64>,
     /// Time between checkpoints.
     #[arg(long, default_value = "10s", value_parser = duration)]
     checkpoint: Duration,
@@ -175,6 +179,11 @@ struct QueryArgs {
 fn duration(text: &str) -> std::result::Result<Duration, String> {
     let parsed = parse_duration(text).filter(|duration| *duration >= Duration::from_millis(1));
     parsed.ok_or_else(|| "expected a duration such as 500ms, 10s or '1 minute'".to_owned())
+}
+
+fn size(text: &str) -> std::result::Result<u64, String> {
+    let parsed = parse_size(text).filter(|size| *size >= 1 << 20);
+    parsed.ok_or_else(|| "expected a size of at least 1MB, such as 512MB or 2GB".to_owned())
 }
 
 /// Runs the command line; everything that went wrong is on stderr.
@@ -316,6 +325,7 @@ async fn run(args: RunArgs) -> Result<()> {
         checkpoint: args.checkpoint,
         until_end: args.until_end,
         close: args.close,
+        memory: args.memory.or_else(crate::runtime::memory::default_budget),
         console: output::console,
     };
     let metrics = Metrics::of(&plan);

@@ -97,12 +97,16 @@ impl Text<'_> {
             NodeKind::Over(spec) => {
                 self.line(depth, &format!("over {}", describe_over(spec)));
                 self.columns(&spec.input, depth + 1, |_| true);
+                let names = spec.calls.iter().map(|call| format!("{:?}", call.function).to_lowercase());
+                self.functions.extend(names);
                 let types = spec.calls.iter().map(|call| call.output.data_type().to_string());
                 self.line(depth + 1, &format!("as {}", types.collect::<Vec<_>>().join(", ")));
                 None
             }
             NodeKind::Group(spec) => {
                 self.line(depth, &format!("group {}", describe_group(spec)));
+                let names = spec.calls.iter().map(|call| call.function.fun().name().to_owned());
+                self.functions.extend(names);
                 let calls = spec.calls.iter();
                 let read = calls.flat_map(|call| call.arguments.iter().copied().chain(call.filter));
                 let read: BTreeSet<usize> = read.chain(spec.keys.iter().copied()).collect();

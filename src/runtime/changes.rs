@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 
 use crate::connectors::files;
 use crate::error::{Error, Result};
-use crate::plan::{NodeId, SinkKind, SinkPlan, StreamPlan};
 use crate::plan::changes::{Change, Comparison, Item};
+use crate::plan::{NodeId, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::tables;
 use crate::state::manifest::Manifest;
 use crate::state::store::StateStore;
@@ -86,9 +86,6 @@ pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest) -> Result<()> {
     if let Some(error) = unfinished(latest, &compared).await? {
         return Err(error);
     }
-    if let Some(error) = copied(plan, latest) {
-        return Err(error);
-    }
     if !latest.fingerprints.is_empty() {
         for item in &compared.items {
             let what = if item.sink { "sink" } else { "view" };
@@ -126,7 +123,7 @@ fn refused(compared: &Comparison) -> Option<Error> {
 
 /// A pipeline that began as a copy must not take up the NDJSON files of the one that it was copied from: a start removes
 /// those of later epochs. Tables guard themselves by the id of their state, online stores by their fence.
-fn copied(plan: &StreamPlan, latest: &Manifest) -> Option<Error> {
+pub fn copied(plan: &StreamPlan, latest: &Manifest) -> Option<Error> {
     let copied = latest.copied.as_ref()?;
     let same = |(id, sink): &(NodeId, &SinkPlan)| {
         let theirs = copied.sinks.get(&plan.nodes[*id].id);
@@ -134,7 +131,8 @@ fn copied(plan: &StreamPlan, latest: &Manifest) -> Option<Error> {
     };
     let (_, sink) = plan.sinks().find(same)?;
     let (name, from) = (&sink.name, &copied.pipeline);
-    let message = format!("sink {name} still writes where the sink of {from} writes, of which this is a copy");
+    let message =
+        format!("sink {name} still writes where the sink of {from} writes, of which this is a copy");
     Some(Error::user(message).hint("Give every sink of the copy another location, as by --set LAKE=…."))
 }
 

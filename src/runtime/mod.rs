@@ -4,8 +4,8 @@
 //! channels. The coordinator cuts the stream into epochs by barriers and publishes a manifest for each.
 
 pub mod chain;
-mod compaction;
 pub mod changes;
+mod compaction;
 pub mod coordinator;
 mod counts;
 mod discovery;
@@ -17,6 +17,7 @@ mod keyed;
 pub mod lag;
 mod letters;
 mod lookups;
+pub mod memory;
 pub mod metrics;
 mod online;
 #[cfg(feature = "redis")]

@@ -73,6 +73,9 @@ pub async fn open(plan: &mut StreamPlan, name: &str, state: &str) -> Result<Worl
     let online = online_stores(plan, name).await?;
     let lookups = Arc::new(crate::runtime::lookups::open(plan).await?);
     let mut tables = Tables::open(plan, name, latest.as_ref(), state).await?;
+    if let Some(error) = latest.as_ref().and_then(|latest| changes::copied(plan, latest)) {
+        return Err(error);
+    }
     let mut newest = tables.newest;
     for (_, online) in &online {
         newest = newest.max(online.open().await?.fence);

@@ -374,6 +374,20 @@ fn placed(error: Error, place: Option<&Place>) -> Error {
     }
 }
 
+/// Parses `'256MB'`, `'3 KB'`, `'1000'` (bytes); `None` when it is no size or nothing.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let text = text.trim().to_ascii_lowercase();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit = match text[digits..].trim() {
+        "" | "b" => 1,
+        "kb" | "k" => 1 << 10,
+        "mb" | "m" => 1 << 20,
+        "gb" | "g" => 1 << 30,
+        _ => return None,
+    };
+    text[..digits].parse::<u64>().ok()?.checked_mul(unit).filter(|size| *size > 0)
+}
+
 /// Parses `'5 seconds'`, `'1 day 2 hours'`, `'500ms'`; `None` when it is no duration, has months or is negative.
 pub fn parse_duration(text: &str) -> Option<Duration> {
     let micros = crate::sql::interval::parse_micros(text).ok()?;

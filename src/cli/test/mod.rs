@@ -175,7 +175,12 @@ async fn random_cases(
     Ok(ExitCode::from(u8::from(failed > 0)))
 }
 
-fn load(files: &[PathBuf], variables: BTreeMap<String, String>, set: &[String], sandbox: &Sandbox) -> Result<Catalog> {
+fn load(
+    files: &[PathBuf],
+    variables: BTreeMap<String, String>,
+    set: &[String],
+    sandbox: &Sandbox,
+) -> Result<Catalog> {
     let mut values = variables;
     values.extend(overrides(set)?);
     let variables = Variables { overrides: values, environment: &environment };
