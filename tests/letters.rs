@@ -245,6 +245,9 @@ fn what_a_sink_of_letters_refuses_is_in_the_state_only() {
     let wanted = "at,stage,kind,offset,payload\npicky,expression,expression,1,\ns,decode,not_json,1,no json\n\
                   s,decode,wrong_type,2,\"{\"\"id\"\":\"\"x\"\"}\"\n";
     assert_eq!(all, wanted);
+    // The accounts add up, those of the sinks of letters too.
+    let status = millstream(&["status", "p.sql", "--state", "./state", "--format", "json"]);
+    assert!(status.contains("picky"), "{status}");
     assert_eq!(query("SELECT count(*) AS n FROM texts"), "n\n2\n");
     assert!(query("DESCRIBE dead_letters").contains("payload,BYTEA,true\nheaders,VARCHAR,true\n"));
 }

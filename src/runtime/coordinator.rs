@@ -214,6 +214,7 @@ impl Coordinator {
         if let Some(stage) = &mut self.tasks.letters {
             let passed = stage.pass(&dead, &self.world.source.topics(), barrier).await?;
             let Some(refused) = passed else { return Err(self.reason().await) };
+            gathered.counts.merge(std::mem::take(&mut stage.chain.counts));
             self.metrics.bury(&refused);
             dead.extend(refused);
             gathered = self.gather(gathered, barrier.epoch, all).await?;

@@ -37,6 +37,9 @@ impl LetterStage {
         let reached = Arc::new(Reached::default());
         let mut out = Outgoing::new();
         for batch in batches(dead, topics)? {
+            // They come from nowhere: rows that the node adds.
+            self.chain.counts.of(self.node).added += batch.num_rows() as u64;
+            self.chain.counts.out(self.node, Port::Accepted, batch.num_rows());
             self.chain.run(self.node, Port::Accepted, &batch, &reached, &mut out)?;
             if self.chain.flush(&mut out).await.is_err() {
                 return Ok(None);
