@@ -17,6 +17,7 @@ mod faults;
 mod fixtures;
 mod groups;
 mod layout;
+mod letters;
 mod lookups;
 mod online;
 mod options;

@@ -117,6 +117,9 @@ pub trait SourceReader: Send {
     /// Tells the outside which offsets are safe (group offsets for lag tools). The truth stays in the manifest.
     fn acknowledge(&mut self, positions: &Positions);
 
+    /// Adds the headers to dead letters of the last poll, where records have some. They are read for bad records only.
+    fn add_headers(&self, _letters: &mut [DeadLetter]) {}
+
     /// Rows between what was read and the newest known end, for the lag display.
     fn lag(&self) -> i64;
 }

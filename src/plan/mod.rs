@@ -6,11 +6,14 @@
 //!
 //! `Display` of a plan is what `EXPLAIN` and `millstream explain` print.
 
+mod accept;
 mod closing;
 mod group;
 mod join;
+mod letters;
 pub mod lower;
 mod prepared;
+pub mod reach;
 #[cfg(feature = "redis")]
 pub mod remote;
 mod retract;
@@ -64,6 +67,8 @@ pub struct Node {
 #[derive(Debug, Clone)]
 pub enum NodeKind {
     Source(SourcePlan),
+    /// What could not become rows: the second root, beside the source.
+    Letters,
     Filter {
         predicate: Arc<dyn PhysicalExpr>,
         view: Arc<str>,
@@ -114,6 +119,17 @@ impl StreamPlan {
             NodeKind::Source(source) => Some((id, source)),
             _ => None,
         })
+    }
+
+    /// The root of the sinks that read `dead_letters`, if there are some.
+    pub fn letters(&self) -> Option<NodeId> {
+        self.nodes.iter().position(|node| matches!(node.kind, NodeKind::Letters))
+    }
+
+    /// Whether a node's rows are dead letters.
+    pub fn reads_letters(&self, id: NodeId) -> bool {
+        matches!(self.nodes[id].kind, NodeKind::Letters)
+            || self.nodes[id].inputs.first().is_some_and(|edge| self.reads_letters(edge.from))
     }
 
     pub fn sinks(&self) -> impl Iterator<Item = (NodeId, &SinkPlan)> {
@@ -171,6 +187,7 @@ impl StreamPlan {
         let columns = || node.schema.fields().iter().map(|f| f.name().as_str()).collect::<Vec<_>>();
         match &node.kind {
             NodeKind::Source(source) => format!("Source {}: {source}", source.name),
+            NodeKind::Letters => "Dead letters".to_owned(),
             NodeKind::Filter { predicate, .. } => format!("Filter: {predicate}"),
             NodeKind::Project { exprs, .. } => {
                 let pairs: Vec<String> = exprs

@@ -153,9 +153,9 @@ impl Coordinator {
                 return Err(self.reason().await);
             }
         }
-        let gathered = self.gather(next.epoch).await?;
+        let (gathered, dead) = self.gather_both(barrier).await?;
         self.compaction.note(&gathered.states);
-        self.fill(&mut next, gathered, last, close).await?;
+        self.fill(&mut next, gathered, dead, last, close).await?;
         self.compaction.take_up(&mut next, &mut self.world.orphans).await;
         next.garbage = garbage_of(&self.last, &next, &self.deleted, &self.world.orphans);
         self.world.orphans.clear();
@@ -204,9 +204,36 @@ impl Coordinator {
         Error::internal("a task ended without a word")
     }
 
-    async fn gather(&mut self, epoch: u64) -> Result<Gathered> {
-        let mut gathered = Gathered::default();
-        let expected: usize = self.tasks.shards.values().sum();
+    /// The reports of all shards, and the dead letters. Sinks of dead letters come second: the letters of an epoch are
+    /// complete when all others have reported it. What those sinks refuse goes to the state folder only.
+    async fn gather_both(&mut self, barrier: Barrier) -> Result<(Gathered, Vec<DeadLetter>)> {
+        let all: usize = self.tasks.shards.values().sum();
+        let second = self.tasks.letters.as_ref().map_or(0, |stage| stage.reports);
+        let mut gathered = self.gather(Gathered::default(), barrier.epoch, all - second).await?;
+        let mut dead = self.take_dead(&mut gathered);
+        if let Some(stage) = &mut self.tasks.letters {
+            let passed = stage.pass(&dead, &self.world.source.topics(), barrier).await?;
+            let Some(refused) = passed else { return Err(self.reason().await) };
+            gathered.counts.merge(std::mem::take(&mut stage.chain.counts));
+            self.metrics.bury(&refused);
+            dead.extend(refused);
+            gathered = self.gather(gathered, barrier.epoch, all).await?;
+            dead.append(&mut self.take_dead(&mut gathered));
+        }
+        Ok((gathered, dead))
+    }
+
+    /// The dead letters of what was gathered, and counts them.
+    fn take_dead(&self, gathered: &mut Gathered) -> Vec<DeadLetter> {
+        let mut dead = std::mem::take(&mut gathered.dead);
+        gathered.states.iter_mut().for_each(|(_, part)| dead.append(&mut part.dead));
+        // Sources have counted theirs.
+        self.metrics.bury(&dead);
+        gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
+        dead
+    }
+
+    async fn gather(&mut self, mut gathered: Gathered, epoch: u64, expected: usize) -> Result<Gathered> {
         while gathered.sources.len() < self.tasks.commands.len()
             || gathered.states.len() + gathered.prepared.len() < expected
         {
@@ -234,17 +261,19 @@ impl Coordinator {
     }
 
     /// Fills a data manifest in from the shards' parts.
-    async fn fill(&self, next: &mut Manifest, mut gathered: Gathered, last: bool, close: bool) -> Result<()> {
+    async fn fill(
+        &self,
+        next: &mut Manifest,
+        mut gathered: Gathered,
+        dead: Vec<DeadLetter>,
+        last: bool,
+        close: bool,
+    ) -> Result<()> {
         next.parallelism = self.options.parallelism;
         next.closed = close;
         next.stopped = last;
         next.interval_ms = u64::try_from(self.options.checkpoint.as_millis()).ok();
         next.fingerprints = fingerprints(&self.plan);
-        let mut dead = std::mem::take(&mut gathered.dead);
-        gathered.states.iter_mut().for_each(|(_, part)| dead.append(&mut part.dead));
-        // Sources have counted theirs.
-        self.metrics.bury(&dead);
-        gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
         counts::letters(next, &dead);
         let (name, late) = self.fill_source(next, &gathered.sources);
         let mut counted = std::mem::take(&mut gathered.counts);
@@ -254,7 +283,7 @@ impl Coordinator {
         let generation = next.generation;
         if let Some(batch) = letters::ledger(&self.world.source.topics(), &late)? {
             let path = crate::state::manifest::ledger_name(&name, generation, next.epoch);
-            self.world.store.put_file(&path, letters::parquet(&batch)?).await?;
+            self.world.store.put_file(&path, letters::parquet(&[batch])?).await?;
             next.ledger.push(Segment {
                 path,
                 epoch: next.epoch,
@@ -262,9 +291,11 @@ impl Coordinator {
                 source: name.clone(),
             });
         }
-        if let Some(batch) = letters::dead_letters(&dead)? {
+        if !dead.is_empty() {
+            let batches = crate::stream::letters::batches(&dead, &self.world.source.topics())?;
+            let rows: Vec<_> = batches.into_iter().map(|batch| batch.rows).collect();
             let path = crate::state::manifest::dead_letter_name(&name, generation, next.epoch);
-            self.world.store.put_file(&path, letters::parquet(&batch)?).await?;
+            self.world.store.put_file(&path, letters::parquet(&rows)?).await?;
             next.dead_letters.push(Segment {
                 path,
                 epoch: next.epoch,

@@ -26,6 +26,7 @@ use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::discovery::{Discovery, shard_of};
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::Saver;
+use crate::runtime::letters::LetterStage;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
 #[cfg(feature = "redis")]
@@ -53,6 +54,8 @@ pub struct Tasks {
     pub reports: Receiver<Report>,
     /// Reports of `Report::State` or `Report::Prepared` per epoch, by node.
     pub shards: BTreeMap<NodeId, usize>,
+    /// The sinks of dead letters, if there are some.
+    pub letters: Option<LetterStage>,
 }
 
 struct Graph<'a> {
@@ -91,7 +94,11 @@ pub async fn spawn(
         durable,
         inboxes: BTreeMap::new(),
     };
-    let source_chains = graph.chains(source);
+    let source_chains = graph.chains(source, parallelism);
+    let mut letters = plan.letters().map(|node| {
+        let chain = graph.chains(node, 1).remove(0);
+        LetterStage { node, chain, reports: 0 }
+    });
     let mut shards = BTreeMap::new();
     for (id, node) in plan.nodes.iter().enumerate() {
         match &node.kind {
@@ -102,10 +109,18 @@ pub async fn spawn(
             NodeKind::Sink(sink) => graph.spawn_sink(id, sink).await?,
             _ => continue,
         }
-        shards.insert(id, parallelism);
+        match &mut letters {
+            Some(stage) if plan.reads_letters(id) => {
+                stage.reports += 1;
+                shards.insert(id, 1);
+            }
+            _ => {
+                shards.insert(id, parallelism);
+            }
+        }
     }
     let commands = graph.spawn_source(source, source_chains).await?;
-    Ok(Tasks { commands, reports: receiver, shards })
+    Ok(Tasks { commands, reports: receiver, shards, letters })
 }
 
 impl Graph<'_> {
@@ -127,19 +142,17 @@ impl Graph<'_> {
         }
     }
 
-    /// The chain of each shard of a stage, with channels to every reader at its edges.
-    fn chains(&mut self, root: NodeId) -> Vec<Chain> {
+    /// The chain of each shard of a stage, with channels to every reader at its edges, which has as many shards.
+    fn chains(&mut self, root: NodeId, shards: usize) -> Vec<Chain> {
         let mut edges = Vec::new();
         self.edges(root, &mut edges);
         let topics = self.world.source.topics();
-        let mut outlets: Vec<Vec<(NodeId, Outlet)>> = (0..self.parallelism).map(|_| Vec::new()).collect();
+        let mut outlets: Vec<Vec<(NodeId, Outlet)>> = (0..shards).map(|_| Vec::new()).collect();
         for (reader, keys) in edges {
-            let inboxes = self
-                .inboxes
-                .entry(reader)
-                .or_insert_with(|| (0..self.parallelism).map(|_| Vec::new()).collect());
+            let inboxes =
+                self.inboxes.entry(reader).or_insert_with(|| (0..shards).map(|_| Vec::new()).collect());
             for (shard, outlets) in outlets.iter_mut().enumerate() {
-                let targets = if keys.is_some() { 0..self.parallelism } else { shard..shard + 1 };
+                let targets = if keys.is_some() { 0..shards } else { shard..shard + 1 };
                 let senders = targets
                     .map(|target| {
                         let (sender, receiver) = channel(CHANNEL);
@@ -193,7 +206,7 @@ impl Graph<'_> {
     }
 
     async fn spawn_over(&mut self, node: NodeId) -> Result<()> {
-        let chains = self.chains(node);
+        let chains = self.chains(node, self.parallelism);
         let NodeKind::Over(spec) = &self.plan.nodes[node].kind else { return Ok(()) };
         let id = &self.plan.nodes[node].id;
         let rows = restore(self.world, id, "rows", self.parallelism).await?;
@@ -210,7 +223,7 @@ impl Graph<'_> {
     }
 
     async fn spawn_group(&mut self, node: NodeId, spec: &GroupSpec) -> Result<()> {
-        let chains = self.chains(node);
+        let chains = self.chains(node, self.parallelism);
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
         let id = &self.plan.nodes[node].id;
         let rows = restore(self.world, id, "groups", self.parallelism).await?;
@@ -233,7 +246,7 @@ impl Graph<'_> {
         view: &Arc<str>,
     ) -> Result<()> {
         let Some(edge) = self.plan.nodes[node].inputs.first().cloned() else { return Ok(()) };
-        let chains = self.chains(node);
+        let chains = self.chains(node, self.parallelism);
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
         for (shard, (chain, receivers)) in chains.into_iter().zip(inboxes).enumerate() {
             let remote = Remote {

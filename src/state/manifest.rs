@@ -383,8 +383,14 @@ fn number(part: &str, letter: char) -> Option<u64> {
     part.strip_prefix(letter)?.parse().ok()
 }
 
-/// The folders of files that manifests refer to.
-pub const FOLDERS: [&str; 3] = ["state", "ledger", "dead-letters"];
+/// Path of a file of replayed origins; `id` is used once.
+pub fn replayed_name(id: Uuid) -> String {
+    format!("replayed/{}.parquet", id.simple())
+}
+
+/// The folders of the state beside the manifests. Files of `replayed` have no generation: no manifest names them, and
+/// none is ever garbage.
+pub const FOLDERS: [&str; 4] = ["state", "ledger", "dead-letters", "replayed"];
 
 /// Whether the writer of a manifest owns the pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

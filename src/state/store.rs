@@ -5,7 +5,14 @@
 //! <state>/state/<node>/<kind>-g<gen>-e<epoch>-s<shard>.parquet
 //! <state>/ledger/<source>/late-g<gen>-e<epoch>.parquet
 //! <state>/dead-letters/<source>/dead-g<gen>-e<epoch>.parquet
+//! <state>/replayed/<uuid>.parquet                            created if absent, by `dead-letters replay`
 //! ```
+//!
+//! Columns: a ledger segment and a file of `replayed` have `topic` VARCHAR, `partition` INT, `offset` BIGINT, none of
+//! them NULL; dead letters have those of [`letters`](crate::stream::letters). `replayed` names records that were dead
+//! letters and whose rows a replay has appended, or was about to append, to a backup: the stream never saw them. An origin
+//! may stand in several files. Who compares the stream with the backup leaves them out of the backup, as late rows; who
+//! computes an interval anew from the backup does not.
 //!
 //! Decisions are those of [`manifest`](super::manifest); this is the I/O around them. Requests that failed for a
 //! reason that may pass are repeated with growing pauses, a bounded number of times: each is safe to repeat, because
@@ -277,6 +284,27 @@ impl StateStore {
         let at = self.at(path);
         let put = || self.store.put(&at, bytes.clone().into());
         self.retried(put).await.map(|_| ()).map_err(|error| self.failed("cannot write", path, error))
+    }
+
+    /// Creates a file under a name that was never used before; beside a running owner too.
+    ///
+    /// # Errors
+    /// External: the store failed. Internal: a path outside our folders.
+    pub async fn create_file(&self, path: &str, bytes: Bytes) -> Result<()> {
+        check_path(path)?;
+        let at = self.at(path);
+        let put = || {
+            let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+            self.store.put_opts(&at, bytes.clone().into(), options)
+        };
+        match self.retried(put).await {
+            // The name is ours alone, so what exists is of a try whose answer was lost.
+            Ok(_)
+            | Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                Ok(())
+            }
+            Err(error) => Err(self.failed("cannot write", path, error)),
+        }
     }
 
     /// Reads a file whole.

@@ -7,6 +7,7 @@
 pub mod clock;
 #[cfg(test)]
 pub mod dice;
+pub mod letters;
 
 use std::fmt;
 use std::ops::Deref;
@@ -308,6 +309,8 @@ pub struct DeadLetter {
     pub timestamp_ms: Option<i64>,
     pub key: Option<Vec<u8>>,
     pub payload: Option<Vec<u8>>,
+    /// The record's headers as text ([`letters::headers_text`]); `None` when it has none.
+    pub headers: Option<String>,
     /// What was wrong, for people; names the field where there is one.
     pub error: String,
     /// A short stable name of the kind of fault (`not_json`, `missing_field`, `wrong_type`, `future` …),

@@ -4,6 +4,7 @@
 //! actions go into the manifest. After the manifest is published one [`DeltaCommitter`] per sink commits them with an
 //! application transaction (app = pipeline/sink, version = epoch); replaying a commit that landed does nothing.
 
+pub mod append;
 pub mod committer;
 pub mod config;
 mod log;

@@ -84,6 +84,8 @@ fn names() {
         "state/n/rows-g1-e1-s0.txt",
         "other/n/rows-g1-e1-s0.parquet",
         "rows-g1-e1.parquet",
+        &replayed_name(Uuid::from_u128(u128::MAX / 15 * 14)),
+        &replayed_name(Uuid::from_u128(7)),
     ] {
         assert_eq!(generation_of(other), None, "{other}");
     }
