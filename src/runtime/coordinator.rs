@@ -19,10 +19,12 @@ use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::letters;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::report::{Command, Report, SourceEpoch, StatePart};
+use crate::runtime::staged::{self, staged_commits};
 use crate::runtime::start::{World, fingerprints, open};
 use crate::runtime::tables::prepared_commits;
 use crate::state::manifest::{Manifest, PreparedFile, Segment, garbage_of};
 use crate::stream::clock::Clock;
+use crate::stream::crash;
 use crate::stream::{Barrier, DeadLetter, END_OF_TIME, Micros, START_OF_TIME};
 
 /// How long a stop waits for tasks after the last manifest.
@@ -147,6 +149,7 @@ impl Coordinator {
     async fn epoch(&mut self, last: bool, close: bool) -> Result<()> {
         let mut next = self.last.next_data(Clock.unix_millis());
         let barrier = Barrier { epoch: next.epoch, last };
+        crash::point("barrier.before");
         for command in &self.tasks.commands {
             let sent = command.send(Command::Cut { barrier, close }).await;
             if sent.is_err() {
@@ -154,6 +157,7 @@ impl Coordinator {
             }
         }
         let gathered = self.gather(next.epoch).await?;
+        crash::point("barrier.after");
         self.compaction.note(&gathered.states);
         self.fill(&mut next, gathered, last, close).await?;
         self.compaction.take_up(&mut next, &mut self.world.orphans).await;
@@ -164,6 +168,7 @@ impl Coordinator {
         self.metrics.checkpoint_ms.store(Clock.unix_millis(), Ordering::Relaxed);
         self.durable.send_replace(next.epoch);
         self.world.tables.commit(&self.plan, &next, &self.metrics).await?;
+        staged::publish(&self.plan, &next, Some(&self.metrics)).await?;
         self.world.store.check_fence(next.epoch).await?;
         self.world.store.delete_files(&next.garbage).await?;
         self.deleted = next.garbage.iter().cloned().collect();
@@ -254,7 +259,9 @@ impl Coordinator {
         let generation = next.generation;
         if let Some(batch) = letters::ledger(&self.world.source.topics(), &late)? {
             let path = crate::state::manifest::ledger_name(&name, generation, next.epoch);
+            crash::point("ledger.before");
             self.world.store.put_file(&path, letters::parquet(&batch)?).await?;
+            crash::point("ledger.after");
             next.ledger.push(Segment {
                 path,
                 epoch: next.epoch,
@@ -264,7 +271,9 @@ impl Coordinator {
         }
         if let Some(batch) = letters::dead_letters(&dead)? {
             let path = crate::state::manifest::dead_letter_name(&name, generation, next.epoch);
+            crash::point("dead-letters.before");
             self.world.store.put_file(&path, letters::parquet(&batch)?).await?;
+            crash::point("dead-letters.after");
             next.dead_letters.push(Segment {
                 path,
                 epoch: next.epoch,
@@ -273,6 +282,7 @@ impl Coordinator {
             });
         }
         self.fill_states(next, gathered.states);
+        next.commits = staged_commits(&self.plan, next.epoch, &gathered.prepared);
         next.commits.extend(prepared_commits(&self.plan, next, gathered.prepared, &name));
         Ok(())
     }

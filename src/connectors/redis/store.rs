@@ -21,7 +21,7 @@ use super::wire::{Address, Reply, Wire, denied, passes};
 use super::{BOOK_PREFIX, RedisConfig, check_schema, tls};
 use crate::connectors::{Flushed, OnlineState, OnlineStore, OnlineWrite};
 use crate::error::{Error, Result};
-use crate::stream::Positions;
+use crate::stream::{Positions, crash};
 
 /// Connections that are kept for the next flush; more may be open while more flushes run at once.
 const MAX_IDLE: usize = 8;
@@ -283,6 +283,7 @@ impl RedisStore {
         let none = Positions::default();
         let (mut calls, mut row, mut delete) = (0, 0, 0);
         let deletes = write.deletes.as_ref().map_or(0, RecordBatch::num_rows);
+        crash::point("redis.flush.before");
         loop {
             let rows = KEYS_PER_CALL.min(write.rows.num_rows() - row);
             let gone = (KEYS_PER_CALL - rows).min(deletes - delete);
@@ -303,11 +304,13 @@ impl RedisStore {
             if last {
                 break;
             }
+            crash::point("redis.flush.between");
         }
         let mut replies = Vec::with_capacity(calls);
         for _ in 0..calls {
             replies.push(lane.wire.reply().await?);
         }
+        crash::point("redis.flush.after");
         Ok(replies)
     }
 
