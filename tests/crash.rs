@@ -284,7 +284,7 @@ pub fn store(case: &Case, location: &str) -> Arc<dyn ObjectStore> {
     Arc::new(object_store::prefix::PrefixStore::new(store, prefix))
 }
 
-/// Reads every user's features again and again: (event time, count) never falls, and who was seen stays.
+/// Reads every user's features and totals again and again: time and count never fall, and who was seen stays.
 struct Watch {
     done: Arc<AtomicBool>,
     thread: std::thread::JoinHandle<(u64, Vec<String>)>,
@@ -299,8 +299,10 @@ impl Watch {
             let mut ask = redis::pipe();
             for user in 0..USERS {
                 ask.cmd("HMGET").arg(format!("{prefix}:{user}")).arg("event_time").arg("total_transactions_count");
+                ask.cmd("HMGET").arg(format!("{prefix}-total:{user}")).arg("last_at").arg("n");
             }
             let (mut looks, mut faults) = (0, Vec::new());
+            // Twice a user's number, plus one for its total.
             let mut last: HashMap<usize, (String, u64)> = HashMap::new();
             while !stop.load(Ordering::Relaxed) {
                 let rows: Vec<(Option<String>, Option<u64>)> = ask.query(&mut connection).unwrap();
@@ -308,18 +310,18 @@ impl Watch {
                 for (user, row) in rows.into_iter().enumerate() {
                     match (row, last.get(&user)) {
                         ((Some(time), Some(count)), before) => {
-                            if before.is_some_and(|before| (&time, count) < (&before.0, before.1) || count < before.1) {
-                                faults.push(format!("user {user}: {before:?}, then {time} {count}"));
+                            if before.is_some_and(|(at, n)| time < *at || count < *n) {
+                                faults.push(format!("{user}: {before:?}, then {time} {count}"));
                             }
                             last.insert(user, (time, count));
                         }
-                        (_, Some(before)) => faults.push(format!("user {user}: {before:?}, then nothing")),
+                        (_, Some(before)) => faults.push(format!("{user}: {before:?}, then nothing")),
                         _ => {}
                     }
                 }
                 std::thread::sleep(Duration::from_millis(10));
             }
-            assert!(last.len() as u64 > USERS / 2, "the reader saw {} users only", last.len());
+            assert!(last.len() as u64 > USERS, "the reader saw {} values only", last.len());
             (looks, faults)
         });
         Self { done, thread }

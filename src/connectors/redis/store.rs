@@ -295,7 +295,8 @@ impl RedisStore {
                 rows: write.rows.slice(row, rows),
                 expire_at_ms: write.expire_at_ms.as_ref().map(|expiry| expiry.slice(row, rows)),
                 deletes: write.deletes.as_ref().filter(|_| gone > 0).map(|batch| batch.slice(delete, gone)),
-                consumed: if last { consumed } else { &none },
+                // With the first call: a kill between two leaves rows that a replay must not go behind.
+                consumed: if calls == 0 { consumed } else { &none },
             };
             lane.buffer.clear();
             lane.encoder.call(&mut lane.buffer, &self.layout, &call).map_err(Failure::Final)?;
