@@ -31,3 +31,4 @@ mod state_format;
 mod statements;
 mod status;
 mod windows;
+mod zombie;

@@ -1,7 +1,7 @@
-//! Named places at which a test kills the process (`tests/crash.rs`); nothing in a release build.
+//! Named places at which a test kills or stops the process (`tests/crash.rs`); nothing in a release build.
 //!
-//! `MILLSTREAM_CRASH_AT=name` ends the process at once, without any clean-up, when it passes that point;
-//! `name:3` at the third time. `MILLSTREAM_CRASH_LOG=file` notes each name when it is passed first.
+//! `MILLSTREAM_CRASH_AT=name` ends the process at once, without any clean-up, when it passes that point; `name:3` at the
+//! third time. `MILLSTREAM_STOP_AT` stops it there (SIGSTOP), so that it goes on as a zombie when it is continued.
 
 /// Every point, in the order of an epoch. `.before` and `.after` enclose one step that the outside world can see.
 pub const POINTS: [&str; 34] = [
@@ -44,44 +44,36 @@ pub const POINTS: [&str; 34] = [
     "delete",
 ];
 
-/// Ends the process here if a test asked for it.
+/// Ends or stops the process here if a test asked for it.
 #[cfg(debug_assertions)]
 #[expect(
     clippy::disallowed_methods,
     reason = "a switch for tests of debug builds: an end without a last checkpoint is what they are about"
 )]
 pub fn point(name: &'static str) {
-    use std::collections::BTreeMap;
-    use std::io::Write;
-    use std::sync::{LazyLock, Mutex, PoisonError};
+    use std::process::{Command, abort, id};
+    use std::sync::LazyLock;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
-    struct Wanted {
-        at: Option<(String, usize)>,
-        log: Option<String>,
-        passed: Mutex<BTreeMap<&'static str, usize>>,
+    /// A point, how often it is still to be passed.
+    type Wanted = Option<(String, AtomicUsize)>;
+    fn wanted(variable: &str) -> Wanted {
+        let at = std::env::var(variable).ok()?;
+        let (name, count) = at.split_once(':').unwrap_or((&at, "1"));
+        Some((name.to_owned(), AtomicUsize::new(count.parse().unwrap_or(1))))
     }
-    static WANTED: LazyLock<Wanted> = LazyLock::new(|| {
-        let at = std::env::var("MILLSTREAM_CRASH_AT").ok().map(|at| match at.split_once(':') {
-            Some((name, count)) => (name.to_owned(), count.parse().unwrap_or(1)),
-            None => (at, 1),
-        });
-        Wanted { at, log: std::env::var("MILLSTREAM_CRASH_LOG").ok(), passed: Mutex::default() }
-    });
+    static CRASH: LazyLock<Wanted> = LazyLock::new(|| wanted("MILLSTREAM_CRASH_AT"));
+    static STOP: LazyLock<Wanted> = LazyLock::new(|| wanted("MILLSTREAM_STOP_AT"));
     debug_assert!(POINTS.contains(&name), "{name} is not in the list of points");
-    let wanted = &*WANTED;
-    if wanted.at.is_none() && wanted.log.is_none() {
-        return;
+    let reached = |wanted: &Wanted| {
+        let here = wanted.as_ref().filter(|(at, _)| at == name);
+        here.is_some_and(|(_, left)| left.fetch_sub(1, Ordering::Relaxed) == 1)
+    };
+    if reached(&CRASH) {
+        abort();
     }
-    let mut passed = wanted.passed.lock().unwrap_or_else(PoisonError::into_inner);
-    let count = passed.entry(name).or_default();
-    *count += 1;
-    if let Some(path) = wanted.log.as_ref().filter(|_| *count == 1)
-        && let Ok(mut file) = std::fs::OpenOptions::new().create(true).append(true).open(path)
-    {
-        writeln!(file, "{name}").ok();
-    }
-    if wanted.at.as_ref().is_some_and(|(at, nth)| at == name && nth == count) {
-        std::process::abort();
+    if reached(&STOP) {
+        Command::new("kill").args(["-STOP", &id().to_string()]).status().ok();
     }
 }
 
