@@ -14,8 +14,8 @@ use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
-use super::formats::json_encode::JsonEncoder;
 use super::files;
+use super::formats::json_encode::JsonEncoder;
 use super::partition::{Partitioning, Splitter, folders, parse_list};
 use crate::error::{Error, Result};
 use crate::sql::options::Options;

@@ -31,9 +31,9 @@ use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
 #[cfg(feature = "redis")]
 use crate::runtime::remote::{Cache, Remote};
 use crate::runtime::report::{Command, Report};
-use crate::runtime::sinks::{AppendTask, NdjsonTask};
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
+use crate::runtime::sinks::{AppendTask, NdjsonTask};
 use crate::runtime::source::{SourceState, SourceTask};
 use crate::runtime::stage::{Operate, StageTask};
 use crate::runtime::start::{World, restore};

@@ -425,4 +425,6 @@ fn check_path(path: &str) -> Result<()> {
 }
 
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod tests;
