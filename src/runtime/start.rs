@@ -250,7 +250,14 @@ pub async fn restore(world: &World, node: &str, kind: &str, shards: usize) -> Re
     files.sort_by_key(|file| (file.epoch, file.path.as_str()));
     let mut restored = Restored { shards: vec![Vec::new(); shards] };
     for file in files {
-        let bytes = world.store.get_file(&file.path).await?;
+        let bytes = match world.store.get_file(&file.path).await {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                // Whoever overtook us meanwhile may have removed it.
+                world.store.check_fence(world.manifest.epoch).await?;
+                return Err(error);
+            }
+        };
         for (shard, batches) in restored.shards.iter_mut().enumerate() {
             for mut batch in
                 decode(bytes.clone(), groups_of(shard, shards)).map_err(|e| e.context(&file.path))?

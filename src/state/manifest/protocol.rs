@@ -114,6 +114,10 @@ fn filled(process: &Process) -> Manifest {
     next
 }
 
+fn commit_of(process: &Process, sink: &str) -> Option<PreparedCommit> {
+    process.owned.as_ref()?.commits.iter().find(|commit| commit.sink == sink).cloned()
+}
+
 impl World {
     fn start(&mut self) -> Process {
         self.writers += 1;
@@ -132,11 +136,6 @@ impl World {
     }
 
     fn act(&mut self, process: &mut Process, step: &Step) -> Step {
-        let owned = process.owned.clone();
-        let commit = |sink: &str| {
-            let owned = owned.as_ref()?;
-            owned.commits.iter().find(|commit| commit.sink == sink).map(|c| (c.clone(), owned.kind))
-        };
         match step {
             Step::Read => {
                 let last = self.chain.values().next_back();
@@ -155,31 +154,14 @@ impl World {
                 Step::Table
             }
             Step::Table => {
-                if let Some((commit, _)) = commit("table")
+                if let Some(commit) = commit_of(process, "table")
                     && self.table.last().is_none_or(|(epoch, _)| *epoch < commit.epoch)
                 {
                     self.table.push((commit.epoch, commit.complete_until.unwrap() as u64));
                 }
                 Step::Copy
             }
-            Step::Copy => {
-                if let Some((commit, _)) = commit("folder")
-                    && self.staged.contains(&commit.files[0].path)
-                {
-                    let content = commit.complete_until.unwrap() as u64;
-                    self.visible.insert(commit.files[0].path.clone(), content);
-                }
-                Step::Unstage
-            }
-            Step::Unstage => {
-                if let Some((commit, _)) = commit("folder") {
-                    self.staged.remove(&commit.files[0].path);
-                }
-                match process.owned.as_ref().unwrap().kind {
-                    Kind::Claim => Step::CleanStaged,
-                    Kind::Data => Step::FenceAgain,
-                }
-            }
+            Step::Copy | Step::Unstage => self.publish(process, step),
             Step::CleanStaged => {
                 let mine = process.owned.as_ref().unwrap().generation;
                 let of = |name: &String| name[6..].split('-').next().unwrap().parse::<u64>().unwrap();
@@ -199,6 +181,27 @@ impl World {
                 Step::Create(Box::new(next))
             }
             Step::Stopped => Step::Stopped,
+        }
+    }
+
+    /// The folder's part of a commit.
+    fn publish(&mut self, process: &Process, step: &Step) -> Step {
+        let commit = commit_of(process, "folder");
+        if matches!(step, Step::Copy) {
+            if let Some(commit) = commit
+                && self.staged.contains(&commit.files[0].path)
+            {
+                let content = commit.complete_until.unwrap() as u64;
+                self.visible.insert(commit.files[0].path.clone(), content);
+            }
+            return Step::Unstage;
+        }
+        if let Some(commit) = commit {
+            self.staged.remove(&commit.files[0].path);
+        }
+        match process.owned.as_ref().unwrap().kind {
+            Kind::Claim => Step::CleanStaged,
+            Kind::Data => Step::FenceAgain,
         }
     }
 
@@ -341,7 +344,7 @@ fn three_processes_at_random() {
         for step in 0..600u64 {
             let draw = mix(seed << 32 | step);
             // A process runs for a while, the others sleep.
-            if draw % 29 == 0 {
+            if draw.is_multiple_of(29) {
                 turn = (draw >> 16) as usize % 3;
             }
             let fate = match draw >> 8 & 0xFF {

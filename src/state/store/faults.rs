@@ -349,15 +349,15 @@ async fn contend(seed: u64) -> (usize, u64, u64) {
     // The world is well again: the last process finds everything.
     store.truth.lock().unwrap().faulty = 0;
     live(&store).await.unwrap();
+    let newest = store.truth.lock().unwrap().chain.values().next_back().cloned().unwrap();
+    for path in newest.referenced() {
+        assert!(store.inner.head(&Path::from(path)).await.is_ok(), "seed {seed}: {path} is gone");
+    }
     let truth = store.truth.lock().unwrap();
     let data: Vec<(u64, u64)> =
         truth.chain.values().filter(|m| m.kind == Kind::Data).map(|m| (m.epoch, offset(m))).collect();
     assert!(data.starts_with(&truth.committed), "seed {seed}: {:?} of {data:?}", truth.committed);
     assert!(truth.committed.len() + 1 >= data.len(), "seed {seed}");
-    let newest = truth.chain.values().next_back().unwrap();
-    for path in newest.referenced() {
-        assert!(store.inner.head(&Path::from(path)).await.is_ok(), "seed {seed}: {path} is gone");
-    }
     (truth.committed.len(), truth.injected, truth.deleted)
 }
 
