@@ -342,6 +342,8 @@ pub fn shown_watermark(at: Micros) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::watermark::SourceClock;
+    use crate::stream::Place;
 
     #[test]
     fn the_watermark_of_an_epoch_is_the_least_that_a_shard_had_sent() {
@@ -349,5 +351,25 @@ mod tests {
         assert_eq!(sent_by_all(&[part(Some(20)), part(Some(70)), part(Some(50))]), Some(20));
         assert_eq!(sent_by_all(&[part(Some(20)), part(None)]), None);
         assert_eq!(sent_by_all(&[]), None);
+    }
+
+    /// Shard 0 cuts, reads on, then shard 1 cuts: what shard 0 read behind its cut is on time again after a restart.
+    #[test]
+    fn rows_behind_an_early_cut_are_not_late_when_they_are_read_again() {
+        let (a, b) = (Place::new(0, 0, 0), Place::new(0, 0, 1));
+        let clock = SourceClock::new(5, [(a, None), (b, None)], None);
+        let mut late = Vec::new();
+        clock.observe(&[a, b], &[10, 500], &mut late);
+        let first = SourceEpoch { watermark: Some(clock.published()), ..SourceEpoch::default() };
+        let stored = clock.partitions();
+        let behind = [12, 90, 100];
+        clock.observe(&[a; 3], &behind, &mut late);
+        assert_eq!(late, [false; 3]);
+        let second = SourceEpoch { watermark: Some(clock.published()), ..SourceEpoch::default() };
+        assert!(second.watermark > first.watermark);
+
+        let again = SourceClock::new(5, [(a, stored[&a]), (b, stored[&b])], sent_by_all(&[first, second]));
+        again.observe(&[a; 3], &behind, &mut late);
+        assert_eq!(late, [false; 3], "late only because of rows behind the cut");
     }
 }
