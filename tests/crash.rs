@@ -257,25 +257,25 @@ impl Crashes {
 
     /// At least once: each row is in the topic.
     fn check_topic(&self) {
+        let topic = format!("{}-again", self.case.topic);
         let mut config = ClientConfig::new();
         config.set("bootstrap.servers", &self.case.services.kafka).set("group.id", &self.case.topic);
-        let consumer: BaseConsumer = config.set("enable.partition.eof", "true").create().unwrap();
-        let mut list = rdkafka::TopicPartitionList::new();
+        let consumer: BaseConsumer = config.create().unwrap();
+        let (mut list, mut left) = (rdkafka::TopicPartitionList::new(), HashMap::new());
         for partition in 0..2 {
-            let topic = format!("{}-again", self.case.topic);
-            list.add_partition_offset(&topic, partition, rdkafka::Offset::Beginning).unwrap();
+            let (low, high) = consumer.fetch_watermarks(&topic, partition, Duration::from_secs(20)).unwrap();
+            list.add_partition_offset(&topic, partition, rdkafka::Offset::Offset(low)).unwrap();
+            left.insert(partition, high);
         }
         consumer.assign(&list).unwrap();
-        let (mut seen, mut ends) = (BTreeSet::new(), 0);
-        while ends < 2 {
-            match consumer.poll(Duration::from_secs(20)).expect("the topic is not read to its end") {
-                Ok(message) => {
-                    let row: serde_json::Value = serde_json::from_slice(message.payload().unwrap()).unwrap();
-                    seen.insert(row["counterpart_id"].as_u64().unwrap());
-                }
-                Err(rdkafka::error::KafkaError::PartitionEOF(_)) => ends += 1,
-                Err(error) => panic!("{error}"),
-            }
+        let (mut seen, begun) = (BTreeSet::new(), Instant::now());
+        while !left.is_empty() {
+            assert!(begun.elapsed() < REACHED_WITHIN, "{topic} is not read to its end: {left:?}");
+            let Some(message) = consumer.poll(Duration::from_secs(5)) else { continue };
+            let message = message.unwrap();
+            let row: serde_json::Value = serde_json::from_slice(message.payload().unwrap()).unwrap();
+            seen.insert(row["counterpart_id"].as_u64().unwrap());
+            left.retain(|partition, high| *partition != message.partition() || message.offset() + 1 < *high);
         }
         assert_eq!(seen.len() as u64, self.case.produced, "rows in the topic of the Kafka sink");
     }
