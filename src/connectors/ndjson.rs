@@ -49,12 +49,14 @@ pub struct Staged {
     /// Where it will be, relative to the sink's location.
     pub path: String,
     pub size: u64,
+    pub rows: u64,
 }
 
-/// Lines of one file, in its folder.
+/// Lines of one file.
+#[derive(Default)]
 struct Lines {
-    folder: String,
     bytes: Vec<u8>,
+    rows: u64,
 }
 
 /// Writes the files of one shard.
@@ -66,10 +68,10 @@ pub struct NdjsonWriter {
     generation: u64,
     shard: usize,
     encoder: JsonEncoder,
-    /// Lines by folder.
-    open: BTreeMap<String, Vec<u8>>,
-    /// Full ones, until the epoch is known.
-    full: Vec<Lines>,
+    /// By folder.
+    open: BTreeMap<String, Lines>,
+    /// Full ones with their folder, until the epoch is known.
+    full: Vec<(String, Lines)>,
 }
 
 impl NdjsonWriter {
@@ -108,18 +110,17 @@ impl NdjsonWriter {
     /// Of the future, external: the store failed; nothing of the epoch may be published then.
     pub fn prepare(&mut self, epoch: u64) -> impl Future<Output = Result<Vec<Staged>>> + Send + use<> {
         let mut all = std::mem::take(&mut self.full);
-        let open = std::mem::take(&mut self.open).into_iter().filter(|(_, bytes)| !bytes.is_empty());
-        all.extend(open.map(|(folder, bytes)| Lines { folder, bytes }));
+        all.extend(std::mem::take(&mut self.open).into_iter().filter(|(_, lines)| lines.rows > 0));
         let (store, generation, shard) = (Arc::clone(&self.store), self.generation, self.shard);
         async move {
             let mut files = Vec::with_capacity(all.len());
-            for (number, Lines { folder, bytes }) in all.into_iter().enumerate() {
+            for (number, (folder, Lines { bytes, rows })) in all.into_iter().enumerate() {
                 let path = format!("{folder}part-g{generation:08}-e{epoch:020}-s{shard}-{number}{ENDING}");
                 let size = bytes.len() as u64;
                 crash::point("ndjson.file.before");
                 store.put(&staged(&path)?, bytes.into()).await?;
                 crash::point("ndjson.file.after");
-                files.push(Staged { path, size });
+                files.push(Staged { path, size, rows });
             }
             Ok(files)
         }
@@ -128,10 +129,11 @@ impl NdjsonWriter {
     fn append(&mut self, folder: String, rows: &ChangeBatch) -> Result<()> {
         let lines = self.encoder.encode(&rows.rows, rows.weights.as_ref())?.lines();
         let open = self.open.entry(folder.clone()).or_default();
-        open.extend_from_slice(lines);
-        if open.len() >= FILE_BYTES {
-            let bytes = std::mem::take(open);
-            self.full.push(Lines { folder, bytes });
+        open.bytes.extend_from_slice(lines);
+        open.rows += rows.num_rows() as u64;
+        if open.bytes.len() >= FILE_BYTES {
+            let full = std::mem::take(open);
+            self.full.push((folder, full));
         }
         Ok(())
     }

@@ -10,7 +10,6 @@ use crate::connectors::delta::{DeltaConfig, DeltaWriter};
 use crate::connectors::ndjson::NdjsonWriter;
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
-#[cfg(feature = "delta")]
 use crate::runtime::counts::Count;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::metrics::{Metrics, SinkMetrics};
@@ -100,18 +99,21 @@ impl NdjsonTask {
     /// External: the location failed.
     pub async fn run(mut self) -> Result<()> {
         let mut watermark = crate::stream::START_OF_TIME;
+        let mut count = Count::default();
         loop {
             match self.inbox.next().await? {
                 Event::Changes { batch, .. } => {
                     self.writer.write(&batch)?;
+                    count.rows_in += batch.num_rows() as u64;
                     Metrics::add(&self.metrics.rows, batch.num_rows() as u64);
                 }
                 Event::Watermark { time, .. } => watermark = time,
                 Event::Barrier(Barrier { epoch, last }) => {
                     let (staged, node) = (self.writer.prepare(epoch), self.node);
+                    let count = std::mem::take(&mut count);
                     behind(&self.reports, async move {
                         let files = staged.await?.into_iter().map(PreparedFile::from).collect();
-                        Ok(Report::Prepared { node, epoch, files, watermark, dead: Vec::new() })
+                        Ok(Report::Prepared { node, epoch, files, watermark, dead: Vec::new(), count })
                     });
                     if last {
                         return Ok(());

@@ -66,6 +66,6 @@ pub async fn take_over(plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
 
 impl From<Staged> for PreparedFile {
     fn from(file: Staged) -> Self {
-        Self { path: file.path, size: file.size, rows: 0, add: serde_json::Value::Null }
+        Self { path: file.path, size: file.size, rows: file.rows, add: serde_json::Value::Null }
     }
 }
