@@ -176,7 +176,8 @@ pub trait OnlineStore: Send + Sync {
     /// Sets the fence to `generation` unless it is already higher; returns the fence after the call.
     async fn raise_fence(&self, generation: u64) -> Result<u64>;
 
-    /// Writes all or nothing per script call of up to 1,000 keys, in order, then raises `consumed`.
+    /// Raises `consumed`, then writes: all or nothing per script call of up to 1,000 keys, in order. Whatever becomes of
+    /// the flush, no row is shown beyond the positions that the store holds.
     ///
     /// # Errors
     /// What may pass, and [lasting](crate::error::Error::is_lasting) ones: the store refuses the user.

@@ -19,10 +19,12 @@ use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::letters;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::report::{Command, Report, SourceEpoch, StatePart};
+use crate::runtime::staged::{self, staged_commits};
 use crate::runtime::start::{World, fingerprints, open};
 use crate::runtime::tables::prepared_commits;
 use crate::state::manifest::{Manifest, PreparedFile, Segment, garbage_of};
 use crate::stream::clock::Clock;
+use crate::stream::crash;
 use crate::stream::{Barrier, DeadLetter, END_OF_TIME, Micros, START_OF_TIME};
 
 /// How long a stop waits for tasks after the last manifest.
@@ -147,6 +149,7 @@ impl Coordinator {
     async fn epoch(&mut self, last: bool, close: bool) -> Result<()> {
         let mut next = self.last.next_data(Clock.unix_millis());
         let barrier = Barrier { epoch: next.epoch, last };
+        crash::point("barrier.before");
         for command in &self.tasks.commands {
             let sent = command.send(Command::Cut { barrier, close }).await;
             if sent.is_err() {
@@ -154,6 +157,7 @@ impl Coordinator {
             }
         }
         let (gathered, dead) = self.gather_both(barrier).await?;
+        crash::point("barrier.after");
         self.compaction.note(&gathered.states);
         self.fill(&mut next, gathered, dead, last, close).await?;
         self.compaction.take_up(&mut next, &mut self.world.orphans).await;
@@ -164,6 +168,7 @@ impl Coordinator {
         self.metrics.checkpoint_ms.store(Clock.unix_millis(), Ordering::Relaxed);
         self.durable.send_replace(next.epoch);
         self.world.tables.commit(&self.plan, &next, &self.metrics).await?;
+        staged::publish(&self.plan, &next, Some(&self.metrics)).await?;
         self.world.store.check_fence(next.epoch).await?;
         self.world.store.delete_files(&next.garbage).await?;
         self.deleted = next.garbage.iter().cloned().collect();
@@ -283,7 +288,9 @@ impl Coordinator {
         let generation = next.generation;
         if let Some(batch) = letters::ledger(&self.world.source.topics(), &late)? {
             let path = crate::state::manifest::ledger_name(&name, generation, next.epoch);
+            crash::point("ledger.before");
             self.world.store.put_file(&path, letters::parquet(&[batch])?).await?;
+            crash::point("ledger.after");
             next.ledger.push(Segment {
                 path,
                 epoch: next.epoch,
@@ -295,7 +302,9 @@ impl Coordinator {
             let batches = crate::stream::letters::batches(&dead, &self.world.source.topics())?;
             let rows: Vec<_> = batches.into_iter().map(|batch| batch.rows).collect();
             let path = crate::state::manifest::dead_letter_name(&name, generation, next.epoch);
+            crash::point("dead-letters.before");
             self.world.store.put_file(&path, letters::parquet(&rows)?).await?;
+            crash::point("dead-letters.after");
             next.dead_letters.push(Segment {
                 path,
                 epoch: next.epoch,
@@ -304,6 +313,7 @@ impl Coordinator {
             });
         }
         self.fill_states(next, gathered.states);
+        next.commits = staged_commits(&self.plan, next.epoch, &gathered.prepared);
         next.commits.extend(prepared_commits(&self.plan, next, gathered.prepared, &name));
         Ok(())
     }
@@ -363,6 +373,8 @@ pub fn shown_watermark(at: Micros) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::watermark::SourceClock;
+    use crate::stream::Place;
 
     #[test]
     fn the_watermark_of_an_epoch_is_the_least_that_a_shard_had_sent() {
@@ -370,5 +382,25 @@ mod tests {
         assert_eq!(sent_by_all(&[part(Some(20)), part(Some(70)), part(Some(50))]), Some(20));
         assert_eq!(sent_by_all(&[part(Some(20)), part(None)]), None);
         assert_eq!(sent_by_all(&[]), None);
+    }
+
+    /// Shard 0 cuts, reads on, then shard 1 cuts: what shard 0 read behind its cut is on time again after a restart.
+    #[test]
+    fn rows_behind_an_early_cut_are_not_late_when_they_are_read_again() {
+        let (a, b) = (Place::new(0, 0, 0), Place::new(0, 0, 1));
+        let clock = SourceClock::new(5, [(a, None), (b, None)], None);
+        let mut late = Vec::new();
+        clock.observe(&[a, b], &[10, 500], &mut late);
+        let first = SourceEpoch { watermark: Some(clock.published()), ..SourceEpoch::default() };
+        let stored = clock.partitions();
+        let behind = [12, 90, 100];
+        clock.observe(&[a; 3], &behind, &mut late);
+        assert_eq!(late, [false; 3]);
+        let second = SourceEpoch { watermark: Some(clock.published()), ..SourceEpoch::default() };
+        assert!(second.watermark > first.watermark);
+
+        let again = SourceClock::new(5, [(a, stored[&a]), (b, stored[&b])], sent_by_all(&[first, second]));
+        again.observe(&[a; 3], &behind, &mut late);
+        assert_eq!(late, [false; 3], "late only because of rows behind the cut");
     }
 }

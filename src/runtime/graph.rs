@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use crate::connectors::collect::CollectSink;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::{DeltaConfig, DeltaWriter, Mode, upsert::Stager};
-use crate::connectors::ndjson::NdjsonSink;
+use crate::connectors::ndjson::NdjsonWriter;
 #[cfg(feature = "redis")]
 use crate::connectors::redis::scan::Lookup;
 use crate::error::{Error, Result};
@@ -32,9 +32,9 @@ use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
 #[cfg(feature = "redis")]
 use crate::runtime::remote::{Cache, Remote};
 use crate::runtime::report::{Command, Report};
-use crate::runtime::sinks::AppendTask;
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
+use crate::runtime::sinks::{AppendTask, NdjsonTask};
 use crate::runtime::source::{SourceState, SourceTask};
 use crate::runtime::stage::{Operate, StageTask};
 use crate::runtime::start::{World, restore};
@@ -275,6 +275,10 @@ impl Graph<'_> {
             match &sink.kind {
                 #[cfg(feature = "delta")]
                 SinkKind::Delta(config) => self.spawn_table(node, shard, sink, config, inbox)?,
+                SinkKind::Ndjson(config) => {
+                    let writer = NdjsonWriter::open(config.clone(), self.world.manifest.generation, shard)?;
+                    self.run(NdjsonTask { node, writer, inbox, reports, metrics }.run());
+                }
                 SinkKind::Online { ttl_micros, .. } => {
                     let mut newest = Newest::new(Arc::clone(&sink.schema), sink.key.clone(), *ttl_micros)?;
                     newest.restore(&restored.shards[shard])?;
@@ -304,7 +308,7 @@ impl Graph<'_> {
                     self.run(task.run());
                 }
                 other => {
-                    let sink = append_sink(other, sink, self.console, &self.world.manifest, shard).await?;
+                    let sink = append_sink(other, sink, self.console, &self.world.manifest).await?;
                     self.run(AppendTask { node, sink, inbox, reports, metrics }.run());
                 }
             }
@@ -401,18 +405,11 @@ async fn append_sink(
     sink: &SinkPlan,
     console: fn() -> Box<dyn std::io::Write + Send>,
     manifest: &Manifest,
-    shard: usize,
 ) -> Result<Box<dyn crate::connectors::AppendSink>> {
     match kind {
         #[cfg(feature = "kafka")]
         SinkKind::Kafka(config) => {
             Ok(Box::new(crate::connectors::kafka::KafkaSink::open(config.clone()).await?))
-        }
-        SinkKind::Ndjson(config) => {
-            if shard == 0 {
-                NdjsonSink::clean(config, manifest.generation, manifest.data_epoch.unwrap_or(0)).await?;
-            }
-            Ok(Box::new(NdjsonSink::open(config.clone(), manifest.generation, shard)?))
         }
         SinkKind::Collect(collector) => {
             Ok(Box::new(CollectSink::new(collector.clone(), manifest.generation)))

@@ -24,6 +24,7 @@ pub mod report;
 mod sinks;
 mod source;
 mod stage;
+mod staged;
 mod start;
 #[cfg(feature = "delta")]
 mod tables;

@@ -114,8 +114,8 @@ impl SourceTask {
         let mut epoch = std::mem::take(&mut self.state.epoch);
         epoch.epoch = barrier.epoch;
         epoch.partitions = self.positions.iter().map(progress).collect();
-        let published = self.watermarks.published();
-        epoch.watermark = (published != START_OF_TIME).then_some(published);
+        // What went downstream before the barrier; other shards may have raised the source's watermark since.
+        epoch.watermark = self.state.sent;
         self.metrics.bury(&self.chain.dead);
         epoch.dead.append(&mut self.chain.dead);
         epoch.counts = std::mem::take(&mut self.chain.counts);

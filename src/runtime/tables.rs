@@ -12,7 +12,7 @@ use crate::plan::{NodeId, SinkKind, StreamPlan};
 use crate::runtime::metrics::Metrics;
 use crate::state::manifest::{self, Manifest, PreparedCommit, PreparedFile};
 use crate::stream::clock::Clock;
-use crate::stream::{Micros, START_OF_TIME};
+use crate::stream::{Micros, START_OF_TIME, crash};
 
 /// Versions between checkpoints of a table's log, which readers need to open it fast. Delta's own default is 10; a
 /// pipeline commits often and a checkpoint reads the log.
@@ -65,12 +65,16 @@ impl Tables {
     pub async fn take_over(&mut self, plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
         for node in std::mem::take(&mut self.missing) {
             if let Some(committer) = self.committers.get_mut(&node) {
+                crash::point("table.before");
                 committer.create(&manifest.state_id.to_string()).await?;
+                crash::point("table.after");
             }
         }
         for commit in &manifest.commits {
             if let Some(committer) = self.committer(plan, commit) {
+                crash::point("replay.before");
                 let done = replay(committer, commit, manifest.generation).await?;
+                crash::point("replay.after");
                 tracing::info!(sink = %commit.sink, epoch = commit.epoch, ?done, "replayed a prepared commit");
             }
         }
@@ -85,7 +89,9 @@ impl Tables {
         for commit in &manifest.commits {
             let Some(committer) = self.committer(plan, commit) else { continue };
             let progress = progress_of(commit, manifest.generation);
+            crash::point("delta.commit.before");
             let done = committer.commit(commit.epoch, &files_of(commit), &progress).await?;
+            crash::point("delta.commit.after");
             let Committed::Version(version) = done else { continue };
             if let Some((node, _)) = plan.sinks().find(|(_, sink)| sink.name == commit.sink) {
                 let counted = metrics.sink(node);

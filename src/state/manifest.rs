@@ -291,7 +291,21 @@ impl Manifest {
             ))
             .hint("Run the pipeline with the Millstream version that wrote its state, or a newer one."));
         }
-        serde_json::from_slice(json).map_err(unreadable)
+        let manifest: Self = serde_json::from_slice(json).map_err(unreadable)?;
+        // Numbers that we never write, and would not be able to count on from.
+        let most = i64::MAX as u64;
+        let data = manifest.data_epoch.unwrap_or(0);
+        let possible = manifest.epoch < most
+            && manifest.generation < most
+            && data <= manifest.epoch
+            && manifest.previous_data_epoch.is_none_or(|previous| previous < data);
+        if !possible {
+            return Err(Error::external(format!("the manifest {path} has impossible numbers of epochs"))
+                .hint(
+                    "Restore the state folder from a copy, or run `millstream reset` to begin a new state.",
+                ));
+        }
+        Ok(manifest)
     }
 
     /// # Errors
@@ -552,5 +566,7 @@ mod uuid_text {
     }
 }
 
+#[cfg(test)]
+mod protocol;
 #[cfg(test)]
 mod tests;

@@ -33,6 +33,7 @@ use super::manifest::{
 };
 use crate::error::{Error, Result};
 use crate::stream::clock::Clock;
+use crate::stream::crash;
 
 /// Tries of one request, and of reading the newest manifest while others prune.
 const ATTEMPTS: u32 = 6;
@@ -130,9 +131,11 @@ impl StateStore {
             previous.as_ref().map_or(Ok(()), |last| self.check_owner(last, pipeline))?;
             let claimant = Claimant { pipeline, writer: self.writer, now_ms: self.clock.unix_millis() };
             let manifest = next_claim(previous.as_ref(), floor, state_id, &claimant);
+            crash::point("claim.before");
             match self.create(&manifest).await? {
                 Created::Other => {}
                 Created::Mine => {
+                    crash::point("claim.after");
                     self.fence(&manifest.pipeline, manifest.epoch).await?;
                     return Ok(Claim { manifest, previous });
                 }
@@ -230,9 +233,13 @@ impl StateStore {
     /// Fenced: another process owns the pipeline; nothing may be committed or deleted any more. External: the store
     /// failed; whether the manifest was published is not known, so stop and let the next claim find out.
     pub async fn publish(&self, manifest: &Manifest) -> Result<()> {
+        crash::point("manifest.before");
         match self.create(manifest).await? {
             Created::Other => Err(fenced(&manifest.pipeline, manifest.epoch)),
-            Created::Mine => self.fence(&manifest.pipeline, manifest.epoch).await,
+            Created::Mine => {
+                crash::point("manifest.after");
+                self.fence(&manifest.pipeline, manifest.epoch).await
+            }
         }
     }
 
@@ -342,6 +349,7 @@ impl StateStore {
             let locations: Vec<_> = paths.iter().map(|path| Ok(self.at(path))).collect();
             let mut answers = self.store.delete_stream(futures::stream::iter(locations).boxed());
             while let Some(answer) = answers.next().await {
+                crash::point("delete");
                 match answer {
                     Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
                     Err(error) => return Err(error),
@@ -444,5 +452,7 @@ fn check_path(path: &str) -> Result<()> {
     if inside { Ok(()) } else { Err(Error::internal(format!("{path} is no path of the state folder"))) }
 }
 
+#[cfg(test)]
+mod faults;
 #[cfg(test)]
 mod tests;

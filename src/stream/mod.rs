@@ -5,6 +5,7 @@
 //! filter, OVER and exchange, so ordering never depends on how the input was cut.
 
 pub mod clock;
+pub mod crash;
 #[cfg(test)]
 pub mod dice;
 pub mod letters;

@@ -31,6 +31,7 @@ use super::upsert;
 use crate::connectors::files::{Located, open, probe};
 use crate::error::{Domain, Error, Result};
 use crate::stream::clock::Clock;
+use crate::stream::crash;
 
 /// Table property with the id of the state that owns the table.
 pub const STATE_PROPERTY: &str = "millstream.state";
@@ -315,7 +316,9 @@ impl DeltaCommitter {
             table.load().await.map_err(fail)?;
             let rows = upsert::staged(&self.located, &self.config.location, files).await?;
             let transactions = transactions(&self.app, number, progress);
+            crash::point("upsert.before");
             let version = upsert::merge(table, &self.config, rows, transactions).await?;
+            crash::point("upsert.after");
             if let Some(tip) = &mut self.tip {
                 (tip.version, tip.epoch) = (version, Some(number));
             }

@@ -29,6 +29,7 @@ use crate::connectors::files::{Located, open};
 use crate::connectors::partition::{Part, Parts, Splitter, folders, uri};
 use crate::error::{Error, Result};
 use crate::stream::clock::Clock;
+use crate::stream::crash;
 
 /// Files open at the same time; one more closes the largest.
 const MAX_OPEN: usize = 128;
@@ -282,11 +283,13 @@ impl Uploads {
         let target =
             Path::parse(&path).map_err(|e| Error::internal(format!("{path} is no path")).because(e))?;
         let size = bytes.len() as u64;
+        crash::point("delta.file.before");
         self.located.store.put(&target, PutPayload::from_bytes(bytes)).await.map_err(|error| {
             Error::external(format!("a file of {} cannot be written", self.location))
                 .because(error)
                 .hint("Check that the store has room and that the credentials may write there.")
         })?;
+        crash::point("delta.file.after");
         let named = self.names.iter().zip(&values);
         let partition: Map<String, Value> = named
             .map(|(name, value)| (name.clone(), value.clone().map_or(Value::Null, Value::from)))
