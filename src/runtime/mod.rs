@@ -31,6 +31,8 @@ mod tables;
 #[path = "no_tables.rs"]
 mod tables;
 #[cfg(feature = "delta")]
+mod upkeep;
+#[cfg(feature = "delta")]
 mod upsert;
 pub mod watermark;
 

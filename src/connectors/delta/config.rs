@@ -3,14 +3,16 @@
 //! The table has the columns of the rows, then those that `partition_by` makes of them (`day(t)` → DATE `t_day`).
 //! Every column is nullable in the table: a NOT NULL of today's SQL must not forbid tomorrow's rows.
 
+use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::array::{ArrayRef, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 
 use crate::connectors::partition::{self, Partitioning, Transform, parse_list};
 use crate::error::{Error, Result};
-use crate::sql::options::Options;
+use crate::sql::options::{Options, parse_duration};
 use crate::stream::{ChangeBatch, timestamp_type};
 
 /// Characters that a column name of a Delta table cannot have (without column mapping).
@@ -20,11 +22,43 @@ const BAD_IN_NAMES: &[char] = &[' ', ',', ';', '{', '}', '(', ')', '\n', '\t', '
 pub struct DeltaConfig {
     pub location: String,
     pub partition_by: Vec<Partitioning>,
-    /// Bytes at which a file is closed within an epoch.
+    /// Bytes at which a file is closed within an epoch, and which compaction aims at.
     pub target_file_size: usize,
     pub codec: Codec,
     pub mode: Mode,
+    pub on_schema_change: OnSchemaChange,
+    /// How often small files are merged, and how old a file must be for it; `None`: never.
+    pub compact_interval: Option<Duration>,
+    /// How long files stay that no longer belong to the table; `None`: for ever.
+    pub vacuum_retention: Option<Duration>,
 }
+
+/// What becomes of columns that the rows have and the table has not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnSchemaChange {
+    /// The start is refused.
+    Fail,
+    /// The table gets them, NULL in the rows before. A column that the rows no longer have stays, NULL from then on.
+    AddColumns,
+}
+
+/// A duration, or `off`.
+struct Every(Option<Duration>);
+
+impl FromStr for Every {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text.eq_ignore_ascii_case("off") {
+            true => Ok(Self(None)),
+            false => parse_duration(text).map(|duration| Self(Some(duration))).ok_or(()),
+        }
+    }
+}
+
+const COMPACT_INTERVAL: Duration = Duration::from_secs(10 * 60);
+/// That of Delta itself: a query that began on an older version has this long.
+const VACUUM_RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// What an epoch does to the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,7 +122,26 @@ impl DeltaConfig {
             }
             Some(_) => Mode::Changelog,
         };
-        Ok(Self { location, partition_by, target_file_size, codec, mode })
+        let on_schema_change = match options.choice("on_schema_change", &["fail", "add_columns"])? {
+            None | Some(0) => OnSchemaChange::Fail,
+            Some(_) => OnSchemaChange::AddColumns,
+        };
+        let mut every = |key: &str, default: Duration| -> Result<Option<Duration>> {
+            let given = options.parse::<Every>(key, "a duration such as '1 hour', or 'off'")?;
+            Ok(given.map_or(Some(default), |every| every.0))
+        };
+        let compact_interval = every("compact_interval", COMPACT_INTERVAL)?;
+        let vacuum_retention = every("vacuum_retention", VACUUM_RETENTION)?;
+        Ok(Self {
+            location,
+            partition_by,
+            target_file_size,
+            codec,
+            mode,
+            on_schema_change,
+            compact_interval,
+            vacuum_retention,
+        })
     }
 
     /// Columns of the table: those of the rows in the types that Delta knows, then the partition columns that are
