@@ -12,6 +12,7 @@ mod access;
 mod brokers;
 mod case;
 mod compaction;
+mod delta;
 mod dev;
 mod faults;
 mod fixtures;

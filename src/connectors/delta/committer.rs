@@ -211,7 +211,8 @@ impl DeltaCommitter {
     pub async fn create(&mut self, state_id: &str) -> Result<()> {
         self.owner = Some(state_id.to_owned());
         let names = self.config.partition_names();
-        let entry = create_entry(&self.kernel_schema()?, &names, state_id, self.clock.unix_millis())?;
+        let properties = self.config.properties(state_id);
+        let entry = create_entry(&self.kernel_schema()?, &names, &properties, self.clock.unix_millis())?;
         let put = match &self.tip {
             Some(_) => Err(TransactionError::VersionAlreadyExists(0)),
             None => self.put(0, entry).await,

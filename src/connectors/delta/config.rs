@@ -3,6 +3,7 @@
 //! The table has the columns of the rows, then those that `partition_by` makes of them (`day(t)` → DATE `t_day`).
 //! Every column is nullable in the table: a NOT NULL of today's SQL must not forbid tomorrow's rows.
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use arrow::array::{ArrayRef, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 
+use super::committer::STATE_PROPERTY;
 use crate::connectors::partition::{self, Partitioning, Transform, parse_list};
 use crate::error::{Error, Result};
 use crate::sql::options::{Options, parse_duration};
@@ -203,6 +205,17 @@ impl DeltaConfig {
         let mut columns = batch.rows.columns().to_vec();
         columns.extend([Arc::new(weights) as ArrayRef, Arc::new(epochs)]);
         Ok(RecordBatch::try_new(self.stored_rows(&batch.rows.schema())?, columns)?)
+    }
+
+    /// Properties of a table that the state `state_id` creates. Delta forgets removed files after 7 days unless told
+    /// otherwise; who keeps them longer wants other programs to know.
+    pub fn properties(&self, state_id: &str) -> BTreeMap<&'static str, String> {
+        let mut properties = BTreeMap::from([(STATE_PROPERTY, state_id.to_owned())]);
+        if let Some(kept) = self.vacuum_retention.filter(|kept| *kept > VACUUM_RETENTION) {
+            let seconds = format!("interval {} seconds", kept.as_secs());
+            properties.insert("delta.deletedFileRetentionDuration", seconds);
+        }
+        properties
     }
 
     /// Columns that `partition_by` adds to those of the rows: `SELECT *` leaves them out.

@@ -11,7 +11,7 @@
 //! | `/watermark/<topic>/<partition>`, `/watermark` | µs, of a partition and of the source |
 //! | `/complete_until` | µs |
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use serde::Deserialize;
@@ -19,7 +19,7 @@ use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use super::PreparedFile;
-use super::committer::{CommitProgress, STATE_PROPERTY};
+use super::committer::CommitProgress;
 use crate::error::{Error, Result};
 
 const ENGINE: &str = concat!("millstream/", env!("CARGO_PKG_VERSION"));
@@ -31,7 +31,7 @@ const ENGINE: &str = concat!("millstream/", env!("CARGO_PKG_VERSION"));
 pub fn create_entry(
     schema: &impl serde::Serialize,
     partition_columns: &[String],
-    state_id: &str,
+    properties: &BTreeMap<&str, String>,
     now_ms: i64,
 ) -> Result<Bytes> {
     let schema = serde_json::to_string(schema)
@@ -49,7 +49,7 @@ pub fn create_entry(
         "format": { "provider": "parquet", "options": {} },
         "schemaString": schema,
         "partitionColumns": partition_columns,
-        "configuration": { STATE_PROPERTY: state_id },
+        "configuration": properties,
         "createdTime": now_ms,
     });
     Ok(lines([
@@ -268,7 +268,7 @@ mod tests {
         assert_eq!(read_entry(&entry, "p/s/watermark").unwrap().epoch, Some(5));
         assert_eq!(read_entry(&entry, "p/s/generation").unwrap().epoch, Some(2));
         assert_eq!(read_entry(&entry, "p").unwrap(), Seen::default());
-        let created = create_entry(&json!({}), &["d".to_owned()], "id", 1).unwrap();
+        let created = create_entry(&json!({}), &["d".to_owned()], &BTreeMap::new(), 1).unwrap();
         assert_eq!(read_entry(&created, "p/s").unwrap(), Seen { epoch: None, changed: true });
         assert!(read_entry(b"{\"txn\":", "p/s").is_err());
     }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use deltalake_core::table::config::TablePropertiesExt;
 use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectMeta, path::Path};
 
@@ -108,9 +109,7 @@ impl Upkeep {
             let known = latest.entry(file_name(path)).or_insert(*at);
             *known = (*known).max(*at);
         }
-        let remembered = deltalake_core::table::config::TablePropertiesExt::deleted_file_retention_duration(
-            snapshot.table_config(),
-        );
+        let remembered = snapshot.table_config().deleted_file_retention_duration();
         let rules = Rules {
             now: self.clock.unix_millis(),
             retention: i64::try_from(retention.as_millis()).unwrap_or(i64::MAX),
@@ -128,7 +127,7 @@ impl Upkeep {
         listed.try_collect().await.map_err(|error| failed(location, error.into()))
     }
 
-    /// Deletes what [`Upkeep::expired_files`] found, and entries of the log that are older than the table keeps them.
+    /// Deletes what [`Upkeep::expired_files`] found.
     ///
     /// # Constraints
     /// The pipeline's fence was checked since.
@@ -158,8 +157,7 @@ impl Upkeep {
     /// Fenced: the table belongs to another state or to a newer process. External: the store failed.
     pub async fn expire_log(&self) -> Result<usize> {
         let found = self.look().await?;
-        let config = found.snapshot(&self.config.location)?.table_config();
-        if !deltalake_core::table::config::TablePropertiesExt::enable_expired_log_cleanup(config) {
+        if !found.snapshot(&self.config.location)?.table_config().enable_expired_log_cleanup() {
             return Ok(0);
         }
         let cleaned = deltalake_core::checkpoints::cleanup_metadata(&found.table, None).await;

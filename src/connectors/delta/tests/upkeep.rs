@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use deltalake_core::DeltaTable;
+use deltalake_core::table::config::TablePropertiesExt;
 
 use super::*;
 use crate::connectors::delta::store::table;
@@ -151,6 +152,12 @@ async fn vacuum_leaves_prepared_files_alone() {
         assert!(vacuum(&upkeep).await.is_empty());
     }
     assert_eq!(count(&config).await, 23 * 50);
+    // A longer retention is a property of the table, so that checkpoints keep tombstones as long.
+    let other = tempfile::tempdir().unwrap();
+    let long = config_at(&other.path().to_string_lossy(), &[("vacuum_retention", "30 days")]);
+    created(&long).await;
+    let remembered = loaded(&long).await.snapshot().unwrap().table_config().deleted_file_retention_duration();
+    assert_eq!(remembered.as_secs(), 30 * 24 * 3600);
     let patient = config_at(&config.location, &[("vacuum_retention", "1 hour"), ("compact_interval", "0 s")]);
     let upkeep = Upkeep::new(&patient, "p", &["s".to_owned()], "x".to_owned(), 1).unwrap();
     upkeep.compact(fine).await.unwrap();
