@@ -128,12 +128,9 @@ impl DeltaConfig {
             None | Some(0) => OnSchemaChange::Fail,
             Some(_) => OnSchemaChange::AddColumns,
         };
-        let mut every = |key: &str, default: Duration| -> Result<Option<Duration>> {
-            let given = options.parse::<Every>(key, "a duration such as '1 hour', or 'off'")?;
-            Ok(given.map_or(Some(default), |every| every.0))
-        };
-        let compact_interval = every("compact_interval", COMPACT_INTERVAL)?;
-        let vacuum_retention = every("vacuum_retention", VACUUM_RETENTION)?;
+        let every = "a duration such as '1 hour', or 'off'";
+        let compact_interval = options.parse::<Every>("compact_interval", every)?;
+        let vacuum_retention = options.parse::<Every>("vacuum_retention", every)?;
         Ok(Self {
             location,
             partition_by,
@@ -141,8 +138,8 @@ impl DeltaConfig {
             codec,
             mode,
             on_schema_change,
-            compact_interval,
-            vacuum_retention,
+            compact_interval: compact_interval.map_or(Some(COMPACT_INTERVAL), |every| every.0),
+            vacuum_retention: vacuum_retention.map_or(Some(VACUUM_RETENTION), |every| every.0),
         })
     }
 

@@ -17,11 +17,18 @@ use crate::connectors::delta::Upkeep;
 use crate::connectors::delta::upsert::Stager;
 use crate::connectors::files::open;
 
-/// Loses answers to PUTs of log entries: one never arrives, one arrives, one is answered, and so on.
-#[derive(Debug)]
+/// Loses answers to PUTs of log entries: one never arrives, one arrives, one is answered, and so on. Or loses none, and
+/// has somebody compact the table right before the first.
 struct Lossy {
     inner: Arc<dyn ObjectStore>,
     puts: AtomicUsize,
+    barges_in: Option<Upkeep>,
+}
+
+impl fmt::Debug for Lossy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("lossy")
+    }
 }
 
 impl fmt::Display for Lossy {
@@ -42,7 +49,15 @@ impl ObjectStore for Lossy {
         if !location.as_ref().starts_with("_delta_log/") {
             return self.inner.put_opts(location, payload, options).await;
         }
-        match self.puts.fetch_add(1, Ordering::SeqCst) % 3 {
+        let puts = self.puts.fetch_add(1, Ordering::SeqCst);
+        if let Some(upkeep) = &self.barges_in {
+            if puts == 0 {
+                let done = upkeep.compact(async || Ok(())).await.unwrap();
+                assert!(done.removed > done.added, "{done:?}");
+            }
+            return self.inner.put_opts(location, payload, options).await;
+        }
+        match puts % 3 {
             0 => Err(lost()),
             1 => {
                 self.inner.put_opts(location, payload, options).await?;
@@ -84,9 +99,9 @@ impl ObjectStore for Lossy {
     }
 }
 
-fn lossy(config: &DeltaConfig, plain: &LogStoreRef) -> (Arc<Lossy>, LogStoreRef) {
+fn lossy(config: &DeltaConfig, plain: &LogStoreRef, barges_in: Option<Upkeep>) -> (Arc<Lossy>, LogStoreRef) {
     let located = open(&config.location).unwrap();
-    let store = Arc::new(Lossy { inner: located.store, puts: AtomicUsize::new(0) });
+    let store = Arc::new(Lossy { inner: located.store, puts: AtomicUsize::new(0), barges_in });
     let root = plain.root_object_store(None);
     let log = default_logstore(store.clone(), root, &located.url, &StorageConfig::default());
     (store, log)
@@ -97,7 +112,7 @@ async fn each_counts_once(root: &str) {
     let eager = ("compact_interval", "0 seconds");
     let config = config_at(&format!("{root}/appended"), &[eager]);
     let mut committer = created(&config).await;
-    let (store, log) = lossy(&config, &committer.log);
+    let (store, log) = lossy(&config, &committer.log, None);
     committer.log = log.clone();
     for epoch in 1..=9u64 {
         let start = epoch as i64 * 10;
@@ -124,7 +139,7 @@ async fn each_counts_once(root: &str) {
 
     let config = config_at(&format!("{root}/merged"), &[("mode", "upsert"), ("key", "id")]);
     let mut committer = created(&config).await;
-    let (store, log) = lossy(&config, &committer.log);
+    let (store, log) = lossy(&config, &committer.log, None);
     committer.log = log;
     let stager = Stager::new(&config, &schema(), "g00000001-s0".to_owned()).unwrap();
     for epoch in 1..=6u64 {
@@ -157,4 +172,28 @@ async fn each_commit_counts_once_on_s3() {
     }
     let bucket = std::env::var("MILLSTREAM_TEST_S3_BUCKET").unwrap_or_else(|_| "millstream-test".to_owned());
     each_counts_once(&format!("s3://{bucket}/delta-{}", uuid::Uuid::new_v4())).await;
+}
+
+/// A compaction removes the files that a MERGE has read, right before the MERGE is committed.
+#[tokio::test]
+async fn a_merge_that_was_overtaken_is_made_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = [("mode", "upsert"), ("key", "id"), ("compact_interval", "0 seconds")];
+    let config = config_at(&folder.path().join("t").to_string_lossy(), &options);
+    let mut committer = created(&config).await;
+    let stager = Stager::new(&config, &schema(), "g00000001-s0".to_owned()).unwrap();
+    for epoch in 1..=4u64 {
+        let start = epoch as i64 * 10;
+        let staged = stager.stage(epoch, &rows(start..start + 10), None).await.unwrap();
+        committer.commit(epoch, &staged, &CommitProgress::default()).await.unwrap();
+    }
+    let upkeep = Upkeep::new(&config, "p", &["s".to_owned()], "x".to_owned(), 1).unwrap();
+    let (store, log) = lossy(&config, &committer.log, Some(upkeep));
+    committer.log = log;
+    let staged = stager.stage(5, &rows(15..55), Some(&rows(10..15))).await.unwrap();
+    let done = committer.commit(5, &staged, &CommitProgress::default()).await.unwrap();
+    assert_eq!(done, Committed::Version(6), "behind the compaction");
+    assert!(store.puts.load(Ordering::SeqCst) > 1, "the first try must have failed");
+    let found = read(&config, "SELECT count(*) AS n, count(DISTINCT id) AS ids, min(id) AS low FROM t").await;
+    assert!(text(&found).contains("| 40 | 40  | 15  |"), "{}", text(&found));
 }
