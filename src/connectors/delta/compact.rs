@@ -25,7 +25,7 @@ use super::stats::{Floats, stats_of};
 use super::store::failed;
 use super::upkeep::{Compacted, Found, Upkeep};
 use super::writer::{ending, properties};
-use crate::connectors::partition::{folder, uri};
+use crate::connectors::partition::{folders, uri};
 use crate::error::{Error, Result};
 
 /// Files of about one size that are worth a merge.
@@ -258,8 +258,9 @@ impl Upkeep {
     /// Returns the path of the new file and its `add` action.
     async fn merge_files(&self, schema: &SchemaRef, names: &[String], bin: &Bin) -> Result<(String, Value)> {
         let partition = bin.first().map(|file| file.partition.clone()).unwrap_or_default();
-        let value = |name: &String| partition.get(name).and_then(Option::as_deref);
-        let folders: String = names.iter().map(|name| folder(name, value(name))).collect();
+        let value = |name: &String| partition.get(name).cloned().flatten();
+        let texts: Vec<Option<String>> = names.iter().map(value).collect();
+        let folders = folders(names, &texts);
         let (id, generation) = (uuid::Uuid::new_v4(), self.generation);
         let path = format!("{folders}compacted-g{generation:08}-{id}.{}", ending(self.config.codec));
         let mut output = Output::new(self, &path)?;
