@@ -13,6 +13,7 @@ mod brokers;
 mod case;
 mod compaction;
 mod crash;
+mod delta;
 mod dev;
 mod faults;
 mod fixtures;

@@ -194,7 +194,7 @@ impl StreamPlan {
                     .iter()
                     .zip(columns())
                     .map(|(expr, name)| match expr.to_string() {
-                        text if text.split('@').next() == Some(name) => name.to_owned(),
+                        text if is_column(&text, name) => name.to_owned(),
                         text => format!("{text} AS {name}"),
                     })
                     .collect();
@@ -217,6 +217,12 @@ impl StreamPlan {
             NodeKind::Sink(sink) => format!("Sink {}: {sink}", sink.name),
         }
     }
+}
+
+/// Whether an expression is nothing but the column of that name: `amount@2`, not `amount@2 + 1`.
+fn is_column(text: &str, name: &str) -> bool {
+    let place = text.strip_prefix(name).and_then(|rest| rest.strip_prefix('@'));
+    place.is_some_and(|place| place.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 fn describe_group(spec: &GroupSpec) -> String {

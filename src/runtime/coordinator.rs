@@ -91,12 +91,13 @@ pub async fn run(
     stop: watch::Receiver<bool>,
 ) -> Result<Outcome> {
     let plan = Arc::new(plan);
-    let world = open(&plan, &options.name, &options.state).await?;
+    let mut world = open(&plan, &options.name, &options.state).await?;
     if world.manifest.closed {
         return Ok(Outcome::AlreadyClosed);
     }
     let (durable, published) = watch::channel(0);
     let tasks = spawn(Arc::clone(&plan), &world, &options, Arc::clone(&metrics), published).await?;
+    world.tables.begin_upkeep(&plan, &world.manifest, &world.store, &metrics)?;
     let last = world.manifest.clone();
     let mut coordinator = Coordinator {
         plan,

@@ -32,6 +32,8 @@ mod tables;
 #[path = "no_tables.rs"]
 mod tables;
 #[cfg(feature = "delta")]
+mod upkeep;
+#[cfg(feature = "delta")]
 mod upsert;
 pub mod watermark;
 

@@ -16,7 +16,8 @@ use crate::error::{Error, Result};
 use crate::plan::{NodeId, NodeKind, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
 use crate::runtime::lookups::Lookups;
 use crate::runtime::staged;
-use crate::runtime::tables::Tables;
+
+use crate::runtime::tables::{Tables, may_grow};
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
 use crate::state::manifest::Manifest;
@@ -189,7 +190,7 @@ fn check_fingerprints(plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
     for (id, node) in plan.nodes.iter().enumerate() {
         check_copied(plan, id, manifest)?;
         let Some(known) = manifest.fingerprints.get(&node.id) else { continue };
-        if *known != plan.fingerprint(id) {
+        if *known != plan.fingerprint(id) && !may_grow(plan, id, known) {
             let message = format!("{} is not what it was when the state was written", node.id);
             let hint =
                 "Change the SQL back, or run the changed pipeline under another --name with other locations.";

@@ -6,12 +6,16 @@
 
 pub mod append;
 pub mod committer;
+mod compact;
 pub mod config;
 mod log;
+mod schema;
 pub mod stats;
 pub mod store;
 pub mod table;
+pub mod upkeep;
 pub mod upsert;
+mod vacuum;
 pub mod writer;
 
 #[cfg(test)]
@@ -21,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 pub use committer::{CommitProgress, Committed, DeltaCommitter, TableState};
 pub use config::{DeltaConfig, Mode};
+pub use upkeep::{Compacted, Upkeep};
 pub use writer::DeltaWriter;
 
 /// A file that is uploaded and not yet part of the table.

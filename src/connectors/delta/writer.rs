@@ -274,11 +274,7 @@ impl Uploads {
         let ClosedFile { values, bytes, rows, stats, number } = file;
         let folders = folders(&self.names, &values);
         let (id, tag) = (uuid::Uuid::new_v4(), &self.tag);
-        let ending = match self.codec {
-            Codec::Snappy => "snappy.parquet",
-            Codec::Zstd => "zstd.parquet",
-            Codec::None => "parquet",
-        };
+        let ending = ending(self.codec);
         let path = format!("{folders}part-{epoch:010}-{tag}-{number}-{id}.{ending}");
         let target =
             Path::parse(&path).map_err(|e| Error::internal(format!("{path} is no path")).because(e))?;
@@ -306,7 +302,16 @@ impl Uploads {
     }
 }
 
-fn properties(codec: Codec, schema: &Schema) -> Result<WriterProperties> {
+/// How the name of a file ends.
+pub(super) fn ending(codec: Codec) -> &'static str {
+    match codec {
+        Codec::Snappy => "snappy.parquet",
+        Codec::Zstd => "zstd.parquet",
+        Codec::None => "parquet",
+    }
+}
+
+pub(super) fn properties(codec: Codec, schema: &Schema) -> Result<WriterProperties> {
     let codec = match codec {
         Codec::Snappy => Compression::SNAPPY,
         Codec::Zstd => Compression::ZSTD(ZstdLevel::try_new(1)?),
