@@ -82,8 +82,12 @@ pub async fn create_topic(kafka: &str, topic: &str, partitions: i32) {
     }
 }
 
-/// Sends records (key, payload) in order.
-pub async fn send(kafka: &str, topic: &str, records: impl Iterator<Item = (Option<&str>, Option<&str>)>) {
+/// Sends records (key, payload) in order; gives their partitions and offsets.
+pub async fn send(
+    kafka: &str,
+    topic: &str,
+    records: impl Iterator<Item = (Option<&str>, Option<&str>)>,
+) -> Vec<(i32, i64)> {
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka)
         .set("linger.ms", "5")
@@ -96,9 +100,12 @@ pub async fn send(kafka: &str, topic: &str, records: impl Iterator<Item = (Optio
         (record.key, record.payload) = (key, payload);
         sent.push(producer.send_result(record).map_err(|(e, _)| e).unwrap());
     }
+    let mut places = Vec::new();
     for delivery in sent {
-        delivery.await.unwrap().map_err(|(e, _)| e).unwrap();
+        let at = delivery.await.unwrap().map_err(|(e, _)| e).unwrap();
+        places.push((at.partition, at.offset));
     }
+    places
 }
 
 impl Case {
@@ -249,6 +256,11 @@ impl Case {
 
     /// DuckDB's answer.
     pub fn verify(&self) {
+        self.verify_with(&[]);
+    }
+
+    /// The same with more arguments of the oracle.
+    pub fn verify_with(&self, more: &[&str]) {
         let served = self
             .command(&["query", "--format", "ndjson", "-c", "SELECT * FROM user_features_serving"])
             .output()
@@ -261,7 +273,8 @@ impl Case {
             .arg(oracle)
             .arg(&self.lake)
             .arg(self.path("serving.ndjson"))
-            .arg(self.path("produced.ndjson"));
+            .arg(self.path("produced.ndjson"))
+            .args(more);
         if let Some(s3) = &self.services.s3 {
             command.env("AWS_ENDPOINT_URL", s3);
         }

@@ -1,8 +1,9 @@
-"""Compares a finished run of sql/transactions.sql with DuckDB over its backup: oracle.py LAKE SERVING.ndjson PRODUCED|-.
+"""Compares a finished run of sql/transactions.sql with DuckDB over its backup: oracle.py LAKE SERVING.ndjson PRODUCED|- [--ledger FOLDER].
 
 Prints one line and exits 0 when all agree; otherwise prints what differs and exits 1. The training table must be, as a
 multiset, the view's SQL over the backup (floats at 1e-9 relative); the backup must hold each produced record once,
-with its partition and offset; every user's serving row must be that user's newest training row.
+with its partition and offset; every user's serving row must be that user's newest training row. With --ledger, late rows are those that came more
+than 5 s behind their own partition; the folder's Parquet files must name exactly these, and the view goes without them.
 """
 import json
 import math
@@ -12,6 +13,7 @@ import duckdb
 from deltalake import DeltaTable
 
 lake, serving, produced = sys.argv[1:4]
+ledger = sys.argv[5] if sys.argv[4:5] == ["--ledger"] else None
 options = {"AWS_ALLOW_HTTP": "true"} if lake.startswith("s3://") else None
 db = duckdb.connect()
 db.execute("SET TimeZone = 'UTC'")
@@ -49,12 +51,21 @@ if produced != "-":
     check("rows of the backup that were not produced, or are there twice",
           "SELECT * FROM (SELECT _partition, _offset, user_id, transaction_timestamp_millis, amount FROM backup EXCEPT ALL "
           "SELECT p, o, user_id, t, amount FROM produced)")
+db.execute("CREATE VIEW accepted AS SELECT * FROM backup")
+if ledger:
+    db.execute("CREATE TABLE ledger AS SELECT partition AS p, \"offset\" AS o FROM read_parquet(?)", [f"{ledger}/*.parquet"])
+    db.execute("""CREATE TABLE late AS SELECT _partition AS p, _offset AS o FROM (SELECT *, max(event_time) OVER (
+        PARTITION BY _partition ORDER BY _offset ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS seen FROM backup)
+        WHERE event_time < seen - INTERVAL '5 seconds'""")
+    check("late rows that the ledger lacks", "SELECT * FROM (FROM late EXCEPT ALL FROM ledger)")
+    check("rows of the ledger that are not late, or are there twice", "SELECT * FROM (FROM ledger EXCEPT ALL FROM late)")
+    db.execute("CREATE OR REPLACE VIEW accepted AS SELECT * FROM backup WHERE (_partition, _offset) NOT IN (FROM late)")
 view = """
     SELECT user_id, epoch_us(event_time) AS t,
            count(*) OVER (PARTITION BY user_id ORDER BY event_time) AS n,
            sum(amount) OVER (PARTITION BY user_id ORDER BY event_time
                RANGE BETWEEN INTERVAL '7 days' PRECEDING AND CURRENT ROW) AS a,
-           hour(event_time) AS h, isodow(event_time) AS d FROM backup"""
+           hour(event_time) AS h, isodow(event_time) AS d FROM accepted"""
 expected = sorted(db.execute(view).fetchall())
 found = sorted(db.execute("SELECT user_id, epoch_us(event_time), total_transactions_count, amount_7d, hour_of_day, "
                           "day_of_week FROM training").fetchall())

@@ -177,6 +177,12 @@ async fn accounts_add_up_over_kills_and_lag_is_known() {
     }
 }
 
+/// Goes on from a copy of a checkpoint.
+#[rustfmt::skip]
+const COPIED: [&str; 10] = [
+    "run", "--name", "copy", "--state", "./copy", "--until-end", "--close", "--parallelism", "3", "copy.sql",
+];
+
 #[test]
 fn checkpoints_are_listed_and_copied_but_never_put_back() {
     let folder = folder(true);
@@ -220,28 +226,16 @@ fn checkpoints_are_listed_and_copied_but_never_put_back() {
     let original = finished(folder, "2");
     // The copy must write elsewhere, and comes to the same.
     let sql = fs::read_to_string(folder.join("pipeline.sql")).unwrap();
-    let copied = [
-        "run",
-        "--name",
-        "copy",
-        "--state",
-        "./copy",
-        "--until-end",
-        "--close",
-        "--parallelism",
-        "3",
-        "copy.sql",
-    ];
     for (changed, word) in [
         (sql.clone(), "belongs to another state"),
         (sql.replace("./lake", "./lake2"), "of which this is a copy"),
     ] {
         fs::write(folder.join("copy.sql"), changed).unwrap();
-        let (code, _, complaint) = said(&output(folder, &copied));
+        let (code, _, complaint) = said(&output(folder, &COPIED));
         assert!(code == Some(2) && complaint.contains(word), "{complaint}");
     }
     fs::write(folder.join("copy.sql"), sql.replace("./lake", "./lake2").replace("./out", "./out2")).unwrap();
-    millstream(folder, &copied);
+    millstream(folder, &COPIED);
     for (at, out) in ["out2/features", "out2/minutes"].into_iter().enumerate() {
         let mut all = [first[at].clone(), lines(&folder.join(out))].concat();
         all.sort();

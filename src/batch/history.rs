@@ -22,11 +22,13 @@ use sqlparser::ast::ExprWithAlias;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::table::{AsOf, provider_as_of};
 use crate::error::{Error, Place, Result};
+#[cfg(feature = "delta")]
+use crate::plan::SinkKind;
 use crate::plan::session::stream_session;
 use crate::plan::source::{METADATA, all_sources};
 use crate::plan::tables::scans;
 use crate::plan::views::{ViewPlanner, located, quoted};
-use crate::plan::{SinkKind, SourcePlan, StreamPlan};
+use crate::plan::{SourcePlan, StreamPlan};
 use crate::sql::{Catalog, CreateSource, CreateTable, SinkInput};
 
 /// Where the history of a source lies.

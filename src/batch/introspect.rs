@@ -14,6 +14,7 @@ use crate::plan::source::all_sources;
 use crate::plan::views::ViewPlanner;
 use crate::sql::options::nearest;
 use crate::sql::{Catalog, Show, SinkInput};
+use crate::stream::letters;
 
 fn answer(columns: Vec<(&str, ArrayRef)>) -> Result<Answer> {
     let fields: Vec<Field> =
@@ -89,6 +90,9 @@ pub fn show(catalog: &Catalog, show: Show) -> Result<Answer> {
 pub async fn describe(catalog: &Catalog, plan: &StreamPlan, name: &str) -> Result<Option<Answer>> {
     let session = stream_session()?;
     let sources = all_sources(&session, catalog)?;
+    if name == letters::NAME {
+        return columns(&letters::schema(), None).map(Some);
+    }
     if let Some(source) = sources.get(name) {
         let kind = |column: usize| match column {
             column if column >= source.visible => "metadata",

@@ -1,13 +1,17 @@
 //! Batch: the same names as tables. So far: ad-hoc queries over sinks, history, tables and files.
 //!
 //! A sink is queried by its name: a Delta sink is its table, an online sink is read back from its store. A source is its
-//! backup, a view the same SQL over it ([`history`]). Files are queried by path. Only what a query names is opened.
+//! backup, a view the same SQL over it ([`history`]). Files are queried by path, `dead_letters` are read from the state.
+//! Only what a query names is opened.
 
 pub mod history;
 mod introspect;
+pub mod letters;
 mod newest;
 mod order;
 mod over;
+#[cfg(feature = "delta")]
+pub mod replay;
 
 use std::sync::Arc;
 
@@ -25,6 +29,7 @@ use crate::plan::views::{located, quoted};
 use crate::plan::{SinkKind, SinkPlan, StreamPlan};
 use crate::sql::wildcard::hide;
 use crate::sql::{Catalog, SourceText, Statement, Variables};
+use crate::stream::letters::NAME;
 
 pub use over::Relation;
 
@@ -129,6 +134,9 @@ async fn register(
     if session.table_exist(quoted(name)).unwrap_or(false) {
         return Ok(());
     }
+    if name == NAME {
+        return register_letters(session, world).await;
+    }
     if let Some((_, sink)) = plan.sinks().find(|(_, sink)| sink.name == name) {
         return register_sink(session, sink, world).await;
     }
@@ -145,6 +153,11 @@ async fn register(
         crate::plan::tables::register(session, table).await?;
         return Ok(());
     }
+    // A view over dead letters finds them where the session has them.
+    let mentions = || catalog.views.iter().any(|view| view.sql.contains(NAME));
+    if catalog.view(name).is_some() && world.state.is_some() && mentions() && !session.table_exist(NAME)? {
+        register_letters(session, world).await?;
+    }
     let declared = catalog.source(name).map(|source| &source.place);
     match declared.or_else(|| catalog.view(name).map(|view| &view.place)) {
         Some(place) => history::relation(session, catalog, plan, name, place).await,
@@ -154,6 +167,17 @@ async fn register(
             world.sandbox.check(name, true)
         }
     }
+}
+
+async fn register_letters(session: &SessionContext, world: &World<'_>) -> Result<()> {
+    let Some(state) = world.state else {
+        let hint = "Give it: --state ./.millstream/<name of the pipeline>.";
+        return Err(Error::user("dead_letters lie in the state of a pipeline").hint(hint));
+    };
+    let found = letters::open(state).await?.letters(&letters::Filter::default(), None).await?;
+    let table = MemTable::try_new(found.rows.schema(), vec![vec![found.rows]])?;
+    session.register_table(NAME, Arc::new(table))?;
+    Ok(())
 }
 
 /// Inside a sandbox a query reads: COPY, INSERT and CREATE EXTERNAL TABLE name places of their own.

@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the room that prints")]
 
 mod checkpoints;
+mod dead_letters;
 #[cfg(feature = "kafka")]
 mod dev;
 mod help;
@@ -120,6 +121,9 @@ enum Command {
     },
     /// Runs a query over sinks, tables and files.
     Query(QueryArgs),
+    /// Lists, shows and replays records that could not become rows.
+    #[command(subcommand)]
+    DeadLetters(dead_letters::DeadLettersCommand),
     /// Runs the cases of fixtures (p.test.yaml beside p.sql), as a stream and as a batch; needs no service.
     ///
     /// Each case names rows of the sources and the rows that views and sinks must have. It runs as a stream several
@@ -169,7 +173,7 @@ struct QueryArgs {
     /// The query.
     #[arg(short = 'c', long = "command", value_name = "SQL")]
     sql: String,
-    /// Where the state lies, for newest values that are in no Redis (dev).
+    /// Where the state lies, for dead_letters, and for newest values that are in no Redis (dev).
     #[arg(long)]
     state: Option<String>,
     #[arg(long, value_enum, default_value_t = output::Format::Table)]
@@ -255,6 +259,7 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Query(args) => query(args).await,
         Command::Test(args) => return test::run(args).await,
         Command::Plan(args) => return plan::run(args).await,
+        Command::DeadLetters(command) => return dead_letters::run(command).await,
     };
     done.map(|()| ExitCode::SUCCESS)
 }

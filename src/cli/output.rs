@@ -7,6 +7,7 @@ use arrow::array::RecordBatch;
 use clap::ValueEnum;
 
 use crate::batch::Answer;
+use crate::connectors::formats::json_encode::with_texts;
 use crate::error::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -21,7 +22,18 @@ pub enum Format {
     Arrow,
 }
 
+/// Text formats show a BYTEA as sinks write it into JSON.
 pub fn rows(answer: &Answer, format: Format) -> Result<()> {
+    let texts;
+    let answer = match format {
+        Format::Arrow => answer,
+        _ => {
+            let schema = with_texts(&RecordBatch::new_empty(Arc::clone(&answer.schema)))?.schema();
+            let batches = answer.batches.iter().map(with_texts).collect::<Result<_>>()?;
+            texts = Answer { schema, batches };
+            &texts
+        }
+    };
     let mut bytes = Vec::new();
     let batches: Vec<_> = answer.batches.iter().collect();
     match format {
@@ -60,6 +72,10 @@ pub fn rows(answer: &Answer, format: Format) -> Result<()> {
 
 pub fn text(text: &str) -> Result<()> {
     write(text.as_bytes())
+}
+
+pub fn bytes(bytes: &[u8]) -> Result<()> {
+    write(bytes)
 }
 
 #[expect(clippy::disallowed_methods, reason = "cli prints")]

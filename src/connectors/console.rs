@@ -9,7 +9,7 @@ use arrow::util::pretty::pretty_format_batches;
 use async_trait::async_trait;
 
 use super::AppendSink;
-use super::formats::json_encode::{JsonEncoder, with_weights};
+use super::formats::json_encode::{JsonEncoder, with_texts, with_weights};
 use crate::error::{Error, Result};
 use crate::sql::options::Options;
 use crate::stream::ChangeBatch;
@@ -62,10 +62,10 @@ impl AppendSink for ConsoleSink {
                 self.out.write_all(rows.lines()).map_err(failed)
             }
             ConsoleFormat::Table => {
+                let rows = with_texts(&batch.rows)?;
                 let weighted =
-                    batch.weights.as_ref().map(|weights| with_weights(&batch.rows, weights)).transpose()?;
-                let table =
-                    pretty_format_batches(std::slice::from_ref(weighted.as_ref().unwrap_or(&batch.rows)))?;
+                    batch.weights.as_ref().map(|weights| with_weights(&rows, weights)).transpose()?;
+                let table = pretty_format_batches(std::slice::from_ref(weighted.as_ref().unwrap_or(&rows)))?;
                 writeln!(self.out, "{table}").map_err(failed)
             }
         }

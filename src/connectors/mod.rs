@@ -127,6 +127,9 @@ pub trait SourceReader: Send {
     /// Tells the outside which offsets are safe (group offsets for lag tools). The truth stays in the manifest.
     fn acknowledge(&mut self, positions: &Positions);
 
+    /// Adds the headers to dead letters of the last poll, where records have some. They are read for bad records only.
+    fn add_headers(&self, _letters: &mut [DeadLetter]) {}
+
     /// Rows between what was read and the newest known end, for the lag display.
     fn lag(&self) -> i64;
 }
@@ -183,7 +186,8 @@ pub trait OnlineStore: Send + Sync {
     /// Sets the fence to `generation` unless it is already higher; returns the fence after the call.
     async fn raise_fence(&self, generation: u64) -> Result<u64>;
 
-    /// Writes all or nothing per script call of up to 1,000 keys, in order, then raises `consumed`.
+    /// Raises `consumed`, then writes: all or nothing per script call of up to 1,000 keys, in order. Whatever becomes of
+    /// the flush, no row is shown beyond the positions that the store holds.
     ///
     /// # Errors
     /// What may pass, and [lasting](crate::error::Error::is_lasting) ones: the store refuses the user.

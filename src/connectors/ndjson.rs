@@ -1,24 +1,29 @@
 //! Rows as NDJSON files: `<location>/<partition folders>/part-g<generation>-e<epoch>-s<shard>-<n>.ndjson`.
 //!
-//! Exactly once after a restart: an epoch's files are written before its manifest, so what a crash left behind of an
-//! unfinished epoch is known by its name (an older generation, an epoch that no manifest has) and removed at the next
-//! start. A reader may see such rows until then; a reader that must not reads a Delta sink. Changes have a `_weight`.
+//! Each row once, and none that may be taken back: the files of an epoch are written below `_staged/`, without the
+//! ending `.ndjson`, and listed in the epoch's manifest; when that is published and its writer still owns the
+//! pipeline, they are moved to where readers look. Whoever takes the pipeline over moves what is still staged of the
+//! newest manifest, and removes the rest. A process that was overtaken publishes no manifest, so it moves at most files
+//! of the last one, whose names and contents are the same whoever moves them. On S3 a move is a copy and a deletion:
+//! a reader that removes files must know them by name, as one may come again. Changes have a `_weight`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use async_trait::async_trait;
 use futures::TryStreamExt;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
+use super::files;
 use super::formats::json_encode::JsonEncoder;
 use super::partition::{Partitioning, Splitter, folders, parse_list};
-use super::{AppendSink, files};
 use crate::error::{Error, Result};
 use crate::sql::options::Options;
-use crate::stream::ChangeBatch;
+use crate::stream::{ChangeBatch, crash};
 
+/// The folder of files that no reader should see yet.
+const STAGED: &str = "_staged";
+const ENDING: &str = ".ndjson";
 /// Bytes of one file, about; a larger one is closed before its epoch ends.
 const FILE_BYTES: usize = 64 << 20;
 
@@ -38,8 +43,24 @@ impl NdjsonConfig {
     }
 }
 
-/// The files of one shard.
-pub struct NdjsonSink {
+/// A file that is staged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Staged {
+    /// Where it will be, relative to the sink's location.
+    pub path: String,
+    pub size: u64,
+    pub rows: u64,
+}
+
+/// Lines of one file.
+#[derive(Default)]
+struct Lines {
+    bytes: Vec<u8>,
+    rows: u64,
+}
+
+/// Writes the files of one shard.
+pub struct NdjsonWriter {
     /// Names of the partition columns.
     names: Vec<String>,
     splitter: Splitter,
@@ -47,13 +68,13 @@ pub struct NdjsonSink {
     generation: u64,
     shard: usize,
     encoder: JsonEncoder,
-    /// Lines by folder.
-    open: BTreeMap<String, Vec<u8>>,
-    /// Full ones, until the epoch is known.
-    full: Vec<(String, Vec<u8>)>,
+    /// By folder.
+    open: BTreeMap<String, Lines>,
+    /// Full ones with their folder, until the epoch is known.
+    full: Vec<(String, Lines)>,
 }
 
-impl NdjsonSink {
+impl NdjsonWriter {
     /// # Errors
     /// External: the location cannot be opened.
     pub fn open(config: NdjsonConfig, generation: u64, shard: usize) -> Result<Self> {
@@ -65,46 +86,9 @@ impl NdjsonSink {
         Ok(Self { names, splitter, store, generation, shard, encoder, open, full })
     }
 
-    /// Removes what older generations wrote for epochs after `epoch`, the last that has a manifest.
-    ///
     /// # Errors
-    /// External: the location cannot be read or written.
-    pub async fn clean(config: &NdjsonConfig, generation: u64, epoch: u64) -> Result<()> {
-        let Some(located) = files::open_existing(&config.location)? else { return Ok(()) };
-        let found: Vec<Path> = located.store.list(None).map_ok(|meta| meta.location).try_collect().await?;
-        for path in found {
-            let unfinished =
-                path.filename().and_then(numbers).is_some_and(|(of, at)| of < generation && at > epoch);
-            if unfinished {
-                located.store.delete(&path).await?;
-                tracing::info!(file = %path, "removed what an unfinished epoch had written");
-            }
-        }
-        Ok(())
-    }
-
-    fn append(&mut self, folder: String, rows: &ChangeBatch) -> Result<()> {
-        let lines = self.encoder.encode(&rows.rows, rows.weights.as_ref())?.lines();
-        let open = self.open.entry(folder.clone()).or_default();
-        open.extend_from_slice(lines);
-        if open.len() >= FILE_BYTES {
-            let bytes = std::mem::take(open);
-            self.full.push((folder, bytes));
-        }
-        Ok(())
-    }
-}
-
-/// Generation and epoch of a file's name.
-fn numbers(name: &str) -> Option<(u64, u64)> {
-    let mut parts = name.strip_prefix("part-g")?.strip_suffix(".ndjson")?.split('-');
-    let generation = parts.next()?.parse().ok()?;
-    Some((generation, parts.next()?.strip_prefix('e')?.parse().ok()?))
-}
-
-#[async_trait]
-impl AppendSink for NdjsonSink {
-    async fn write(&mut self, batch: &ChangeBatch) -> Result<()> {
+    /// Internal: a type that has no JSON form, which the planner should have refused.
+    pub fn write(&mut self, batch: &ChangeBatch) -> Result<()> {
         if batch.num_rows() == 0 {
             return Ok(());
         }
@@ -119,16 +103,105 @@ impl AppendSink for NdjsonSink {
         Ok(())
     }
 
-    async fn flush(&mut self, epoch: u64) -> Result<()> {
-        self.full.extend(std::mem::take(&mut self.open).into_iter().filter(|(_, bytes)| !bytes.is_empty()));
-        for (number, (folder, bytes)) in std::mem::take(&mut self.full).into_iter().enumerate() {
-            let (generation, shard) = (self.generation, self.shard);
-            let name = format!("{folder}part-g{generation:08}-e{epoch:020}-s{shard}-{number}.ndjson");
-            let path = Path::parse(&name).map_err(|error| Error::internal(name).because(error))?;
-            self.store.put(&path, bytes.into()).await?;
+    /// Stages everything written since the last call. The future does without the writer, which can take the rows of
+    /// the next epoch meanwhile.
+    ///
+    /// # Errors
+    /// Of the future, external: the store failed; nothing of the epoch may be published then.
+    pub fn prepare(&mut self, epoch: u64) -> impl Future<Output = Result<Vec<Staged>>> + Send + use<> {
+        let mut all = std::mem::take(&mut self.full);
+        all.extend(std::mem::take(&mut self.open).into_iter().filter(|(_, lines)| lines.rows > 0));
+        let (store, generation, shard) = (Arc::clone(&self.store), self.generation, self.shard);
+        async move {
+            let mut files = Vec::with_capacity(all.len());
+            for (number, (folder, Lines { bytes, rows })) in all.into_iter().enumerate() {
+                let path = format!("{folder}part-g{generation:08}-e{epoch:020}-s{shard}-{number}{ENDING}");
+                let size = bytes.len() as u64;
+                crash::point("ndjson.file.before");
+                store.put(&staged(&path)?, bytes.into()).await?;
+                crash::point("ndjson.file.after");
+                files.push(Staged { path, size, rows });
+            }
+            Ok(files)
+        }
+    }
+
+    fn append(&mut self, folder: String, rows: &ChangeBatch) -> Result<()> {
+        let lines = self.encoder.encode(&rows.rows, rows.weights.as_ref())?.lines();
+        let open = self.open.entry(folder.clone()).or_default();
+        open.bytes.extend_from_slice(lines);
+        open.rows += rows.num_rows() as u64;
+        if open.bytes.len() >= FILE_BYTES {
+            let full = std::mem::take(open);
+            self.full.push((folder, full));
         }
         Ok(())
     }
+}
+
+/// Moves staged files to where readers look. Those that are there already are left alone.
+///
+/// # Constraints
+/// A published manifest lists them, and its writer owned the pipeline afterwards.
+///
+/// # Errors
+/// External: the location cannot be written; repeating is safe.
+pub async fn publish(location: &str, paths: impl IntoIterator<Item = &str>) -> Result<()> {
+    let store = files::open(location)?.store;
+    for path in paths {
+        crash::point("ndjson.rename.before");
+        match store.rename(&staged(path)?, &parse(path)?).await {
+            Ok(()) => {}
+            // Moved before, by us or by whom we took over from; readers may have removed it since.
+            Err(object_store::Error::NotFound { .. }) => {
+                tracing::debug!(location, path, "a staged file was moved before");
+            }
+            Err(error) => {
+                let hint = "Check that the store has room and that the credentials may write there.";
+                let message = format!("{path} cannot be moved to its place in {location}");
+                return Err(Error::external(message).because(error).hint(hint));
+            }
+        }
+        crash::point("ndjson.rename.after");
+    }
+    Ok(())
+}
+
+/// Removes what generations before `generation` staged and did not publish.
+///
+/// # Constraints
+/// `generation` has claimed the pipeline and published what the newest manifest lists.
+///
+/// # Errors
+/// External: the location cannot be read or written.
+pub async fn clean(location: &str, generation: u64) -> Result<()> {
+    let Some(located) = files::open_existing(location)? else { return Ok(()) };
+    let folder = Path::from(STAGED);
+    let found: Vec<Path> =
+        located.store.list(Some(&folder)).map_ok(|meta| meta.location).try_collect().await?;
+    for path in found {
+        if path.filename().and_then(generation_of).is_some_and(|of| of < generation) {
+            match located.store.delete(&path).await {
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+            tracing::info!(file = %path, "removed what an unfinished epoch had staged");
+        }
+    }
+    Ok(())
+}
+
+fn staged(path: &str) -> Result<Path> {
+    parse(&format!("{STAGED}/{}", path.strip_suffix(ENDING).unwrap_or(path)))
+}
+
+fn parse(path: &str) -> Result<Path> {
+    Path::parse(path).map_err(|error| Error::internal(path).because(error))
+}
+
+/// Generation in a file's name.
+fn generation_of(name: &str) -> Option<u64> {
+    name.strip_prefix("part-g")?.split('-').next()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -170,27 +243,35 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn rows_lie_in_the_folders_of_their_partition_and_unfinished_epochs_are_removed() {
+    async fn rows_lie_in_the_folders_of_their_partition_once_they_are_published() {
         let folder = tempfile::tempdir().unwrap();
         let location = folder.path().to_string_lossy().into_owned();
-        let config = NdjsonConfig { location, partition_by: parse_list("day(t), minute(t), lang").unwrap() };
-        let mut sink = NdjsonSink::open(config.clone(), 3, 1).unwrap();
-        sink.write(&batch(&[0, 1, 0, 1_441])).await.unwrap();
-        sink.flush(7).await.unwrap();
-        sink.write(&batch(&[0])).await.unwrap();
-        sink.flush(8).await.unwrap();
+        let partition_by = parse_list("day(t), minute(t), lang").unwrap();
+        let config = NdjsonConfig { location: location.clone(), partition_by };
+        let mut writer = NdjsonWriter::open(config, 3, 1).unwrap();
+        writer.write(&batch(&[0, 1, 0, 1_441])).unwrap();
+        let staged = writer.prepare(7).await.unwrap();
+        writer.write(&batch(&[0])).unwrap();
+        writer.prepare(8).await.unwrap();
         let found = files(folder.path());
-        assert_eq!(found.len(), 4, "{found:?}");
+        assert_eq!((staged.len(), found.len()), (3, 4));
+        assert!(found.iter().all(|path| path.starts_with("_staged/") && !path.ends_with(".ndjson")));
+        for _ in 0..2 {
+            publish(&location, staged.iter().map(|file| file.path.as_str())).await.unwrap();
+            let visible: Vec<_> =
+                files(folder.path()).into_iter().filter(|path| path.ends_with(".ndjson")).collect();
+            let mut expected: Vec<_> = staged.iter().map(|file| file.path.clone()).collect();
+            expected.sort();
+            assert_eq!(visible, expected);
+        }
         let first = "t_day=1970-01-01/t_minute=1970-01-01T00%3A00%3A00.000000Z/lang=a%2Fb/";
         let name = format!("{first}part-g00000003-e00000000000000000007-s1-0.ndjson");
-        assert!(found.contains(&name), "{found:?}");
         let line = "{\"t\":\"1970-01-01T00:00:00.000001Z\",\"lang\":\"a/b\"}\n";
         assert_eq!(std::fs::read_to_string(folder.path().join(name)).unwrap(), line.repeat(2));
-        // Epoch 8 has no manifest; our own generation's files stay.
-        NdjsonSink::clean(&config, 3, 7).await.unwrap();
+        // Epoch 8 has no manifest. Our own generation's files stay.
+        clean(&location, 3).await.unwrap();
         assert_eq!(files(folder.path()).len(), 4);
-        NdjsonSink::clean(&config, 4, 7).await.unwrap();
+        clean(&location, 4).await.unwrap();
         assert_eq!(files(folder.path()).len(), 3);
-        assert!(files(folder.path()).iter().all(|name| name.contains("e00000000000000000007")));
     }
 }

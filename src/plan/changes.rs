@@ -70,11 +70,16 @@ impl StreamPlan {
         (0..self.nodes.len()).filter(move |id| of(&self.nodes[*id].kind))
     }
 
-    /// Compares with the fingerprints of a state, by the ids of its nodes.
-    pub fn compare(&self, known: &BTreeMap<String, String>) -> Comparison {
+    /// Compares with the fingerprints of a state, by the ids of its nodes. `may_differ`: a sink that goes on although it
+    /// differs.
+    pub fn compare(
+        &self,
+        known: &BTreeMap<String, String>,
+        may_differ: &dyn Fn(NodeId, &str) -> bool,
+    ) -> Comparison {
         let mut compared = Comparison::default();
         let mut left: BTreeSet<&str> = known.keys().map(String::as_str).collect();
-        let matches = self.matches(known, &mut left);
+        let matches = self.matches(known, &mut left, may_differ);
         let mut taken: BTreeSet<String> = known.keys().cloned().collect();
         for id in self.stateful() {
             let node = &self.nodes[id];
@@ -109,11 +114,12 @@ impl StreamPlan {
         &self,
         known: &'k BTreeMap<String, String>,
         left: &mut BTreeSet<&'k str>,
+        may_differ: &dyn Fn(NodeId, &str) -> bool,
     ) -> BTreeMap<NodeId, &'k str> {
         let mut found = BTreeMap::new();
         for id in self.stateful() {
             if let Some((own, text)) = known.get_key_value(&self.nodes[id].id)
-                && self.means(id, text)
+                && (self.means(id, text) || may_differ(id, text))
             {
                 left.remove(own.as_str());
                 found.insert(id, own.as_str());

@@ -9,7 +9,7 @@
 //! The first format was one line of what `explain` prints ([`StreamPlan::fingerprint_v1`]). A state written with it is
 //! compared in it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use arrow::datatypes::{Field, Schema};
@@ -20,6 +20,7 @@ use datafusion::physical_expr::utils::collect_columns;
 use datafusion::physical_plan::PhysicalExpr;
 
 use crate::operators::lookup::LookupSpec;
+use crate::operators::over::OverSpec;
 use crate::plan::lower::column_index;
 use crate::plan::tables::BoundedTable;
 use crate::plan::{NodeId, NodeKind, SourcePlan, StreamPlan, describe_group, describe_over};
@@ -55,6 +56,12 @@ impl StreamPlan {
         }
     }
 
+    /// Whether columns came or went since `known` was written, and all that is in both is as it was; `None` when `known`
+    /// is of the first format.
+    pub fn columns_came_or_went(&self, id: NodeId, known: &str) -> Option<bool> {
+        known.starts_with(FORMAT).then(|| same_but_columns(known, &self.fingerprint(id)))
+    }
+
     /// What a node means now and meant then, line by line: `- was`, `+ is`.
     pub(super) fn difference(&self, id: NodeId, known: &str) -> Vec<String> {
         let lines = |text: &str| -> Vec<String> { text.lines().skip(1).map(str::to_owned).collect() };
@@ -64,6 +71,35 @@ impl StreamPlan {
             false => difference(&parts(known), &parts(&self.fingerprint_v1(id))),
         }
     }
+}
+
+/// Lines of columns begin with two blanks or say what a column is; a name may stand at several steps.
+fn same_but_columns(was: &str, is: &str) -> bool {
+    fn columns(text: &str) -> BTreeMap<&str, Vec<&str>> {
+        let mut columns: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for line in text.lines().filter(|line| is_column(line)) {
+            let name = match line.strip_prefix("function ") {
+                Some(_) => line.rsplit_once(' ').map_or(line, |(function, _)| function),
+                None => line.split(' ').find(|word| !word.is_empty()).unwrap_or_default(),
+            };
+            columns.entry(name).or_default().push(line);
+        }
+        columns
+    }
+    let others = |text: &str| -> Vec<String> {
+        text.lines().filter(|line| !is_column(line)).map(str::to_owned).collect()
+    };
+    let (before, after) = (columns(was), columns(is));
+    let same = |(name, lines): (&&str, &Vec<&str>)| after.get(name).is_none_or(|now| now == lines);
+    others(was) == others(is) && before.iter().all(same)
+}
+
+/// `  amount Float64`, `b = concat(a)`; not `filter a = 1`, `  watermark …` and such.
+fn is_column(line: &str) -> bool {
+    let words: Vec<&str> = line.split_whitespace().take(2).collect();
+    let of_source = ["watermark", "max_future"].iter().any(|word| words.first() == Some(word));
+    let function = words.first() == Some(&"function");
+    line.starts_with("  ") && !of_source || words.get(1) == Some(&"=") || function
 }
 
 struct Text<'a> {
@@ -88,6 +124,10 @@ impl Text<'_> {
                 self.source(source, needed, depth);
                 return;
             }
+            NodeKind::Letters => {
+                self.line(depth, "dead letters");
+                return;
+            }
             NodeKind::Filter { predicate, .. } => {
                 let text = self.expression(predicate, &input);
                 self.line(depth, &format!("filter {text}"));
@@ -95,12 +135,7 @@ impl Text<'_> {
             }
             NodeKind::Project { exprs, .. } => self.project(exprs, &node.schema, &input, needed, depth),
             NodeKind::Over(spec) => {
-                self.line(depth, &format!("over {}", describe_over(spec)));
-                self.columns(&spec.input, depth + 1, |_| true);
-                let names = spec.calls.iter().map(|call| format!("{:?}", call.function).to_lowercase());
-                self.functions.extend(names);
-                let types = spec.calls.iter().map(|call| call.output.data_type().to_string());
-                self.line(depth + 1, &format!("as {}", types.collect::<Vec<_>>().join(", ")));
+                self.over(spec, depth);
                 None
             }
             NodeKind::Group(spec) => {
@@ -148,6 +183,15 @@ impl Text<'_> {
             }
             self.node(edge.from, &wanted, depth + usize::from(node.inputs.len() > 1));
         }
+    }
+
+    fn over(&mut self, spec: &OverSpec, depth: usize) {
+        self.line(depth, &format!("over {}", describe_over(spec)));
+        self.columns(&spec.input, depth + 1, |_| true);
+        let names = spec.calls.iter().map(|call| format!("{:?}", call.function).to_lowercase());
+        self.functions.extend(names);
+        let types = spec.calls.iter().map(|call| call.output.data_type().to_string());
+        self.line(depth + 1, &format!("as {}", types.collect::<Vec<_>>().join(", ")));
     }
 
     /// The columns that are needed and more than a column of the input under its name.

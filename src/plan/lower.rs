@@ -19,7 +19,7 @@ use crate::plan::closing::{Closes, Origins};
 use crate::plan::window::contains_window;
 use crate::plan::{Edge, Node, NodeId, NodeKind, StreamPlan};
 use crate::sql::CreateTable;
-use crate::stream::{Port, timestamp_type};
+use crate::stream::{Port, letters, timestamp_type};
 
 /// Which rows of a view a sink wants (DESIGN §3 *Emissions*).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -100,8 +100,12 @@ impl<'a> Lowering<'a> {
     pub fn scratch(&self) -> Self {
         let mut scratch = Self::new(self.session, self.tables);
         for node in &self.plan.nodes {
-            if let NodeKind::Source(source) = &node.kind {
-                scratch.add_source(source.clone());
+            match &node.kind {
+                NodeKind::Source(source) => {
+                    scratch.add_source(source.clone());
+                }
+                NodeKind::Letters => scratch.add_letters(),
+                _ => {}
             }
         }
         scratch
@@ -113,6 +117,14 @@ impl<'a> Lowering<'a> {
         let node = self.add(format!("{name}.source"), NodeKind::Source(source), None, schema);
         self.sources.insert(name, (node, time));
         node
+    }
+
+    /// Adds the root of dead letters, once.
+    pub fn add_letters(&mut self) {
+        if self.plan.letters().is_none() {
+            let node = self.add(letters::NAME.to_owned(), NodeKind::Letters, None, letters::schema());
+            self.sources.insert(letters::NAME.to_owned(), (node, None));
+        }
     }
 
     pub fn add(&mut self, id: String, kind: NodeKind, input: Option<Edge>, schema: SchemaRef) -> NodeId {

@@ -6,13 +6,16 @@
 //!
 //! `Display` of a plan is what `EXPLAIN` and `millstream explain` print.
 
+mod accept;
 pub mod changes;
 mod closing;
 mod fingerprint;
 mod group;
 mod join;
+mod letters;
 pub mod lower;
 mod prepared;
+pub mod reach;
 #[cfg(feature = "redis")]
 pub mod remote;
 mod retract;
@@ -67,6 +70,8 @@ pub struct Node {
 #[derive(Debug, Clone)]
 pub enum NodeKind {
     Source(SourcePlan),
+    /// What could not become rows: the second root, beside the source.
+    Letters,
     Filter {
         predicate: Arc<dyn PhysicalExpr>,
         view: Arc<str>,
@@ -119,6 +124,17 @@ impl StreamPlan {
         })
     }
 
+    /// The root of the sinks that read `dead_letters`, if there are some.
+    pub fn letters(&self) -> Option<NodeId> {
+        self.nodes.iter().position(|node| matches!(node.kind, NodeKind::Letters))
+    }
+
+    /// Whether a node's rows are dead letters.
+    pub fn reads_letters(&self, id: NodeId) -> bool {
+        matches!(self.nodes[id].kind, NodeKind::Letters)
+            || self.nodes[id].inputs.first().is_some_and(|edge| self.reads_letters(edge.from))
+    }
+
     pub fn sinks(&self) -> impl Iterator<Item = (NodeId, &SinkPlan)> {
         self.nodes.iter().enumerate().filter_map(|(id, node)| match &node.kind {
             NodeKind::Sink(sink) => Some((id, sink)),
@@ -155,7 +171,7 @@ impl StreamPlan {
     }
 
     /// What a node means in the first format of [`fingerprint`], for states that were written with it.
-    fn fingerprint_v1(&self, id: NodeId) -> String {
+    pub fn fingerprint_v1(&self, id: NodeId) -> String {
         let mut text = self.describe(id);
         match &self.nodes[id].inputs[..] {
             [] => {}
@@ -174,13 +190,14 @@ impl StreamPlan {
         let columns = || node.schema.fields().iter().map(|f| f.name().as_str()).collect::<Vec<_>>();
         match &node.kind {
             NodeKind::Source(source) => format!("Source {}: {source}", source.name),
+            NodeKind::Letters => "Dead letters".to_owned(),
             NodeKind::Filter { predicate, .. } => format!("Filter: {predicate}"),
             NodeKind::Project { exprs, .. } => {
                 let pairs: Vec<String> = exprs
                     .iter()
                     .zip(columns())
                     .map(|(expr, name)| match expr.to_string() {
-                        text if text.split('@').next() == Some(name) => name.to_owned(),
+                        text if is_column(&text, name) => name.to_owned(),
                         text => format!("{text} AS {name}"),
                     })
                     .collect();
@@ -203,6 +220,12 @@ impl StreamPlan {
             NodeKind::Sink(sink) => format!("Sink {}: {sink}", sink.name),
         }
     }
+}
+
+/// Whether an expression is nothing but the column of that name: `amount@2`, not `amount@2 + 1`.
+fn is_column(text: &str, name: &str) -> bool {
+    let place = text.strip_prefix(name).and_then(|rest| rest.strip_prefix('@'));
+    place.is_some_and(|place| place.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 fn describe_group(spec: &GroupSpec) -> String {

@@ -2,8 +2,8 @@
 //!
 //! The aggregate is rewritten to sums of numbers that are never NULL, and a projection over them: `count(x)` is the sum
 //! of 1 where x is there, `sum(x)` the sum of x, NULL where `count(x)` is 0, `avg(x)` their quotient; FILTER becomes part
-//! of what is summed. Integers and decimals only: they are exact, so what is taken back leaves no trace. `min(x)`,
-//! `max(x)` and `count(DISTINCT x)` are fields of one [`extent`], of any type that has an order.
+//! of what is summed. Integers and decimals are exact, and the sum of floats is one of its own ([`by_weights`]), so what is
+//! taken back leaves no trace. `min(x)`, `max(x)` and `count(DISTINCT x)` are fields of one [`extent`], of any type that has an order.
 
 use std::sync::Arc;
 
@@ -14,6 +14,8 @@ use datafusion::functions_aggregate::sum::sum_udaf;
 use datafusion::logical_expr::{
     self as logical, Expr, ExprSchemable, LogicalPlan, Projection, cast, col, lit, when,
 };
+
+use millstream_udfs::sum::by_weights;
 
 use crate::error::{Error, Place, Result};
 use crate::operators::group::extent::{DIFFERENT, GREATEST, LEAST, extent, is_orderable};
@@ -37,8 +39,7 @@ pub(super) fn retractable(
     for (call, field) in aggregate.aggr_expr.iter().zip(&fields[keys..]) {
         let made = sums.made(call, field.data_type(), aggregate)?;
         let made = made.ok_or_else(|| {
-            let hint = "count, min, max, and sum and avg of integers and decimals can be taken back; or group the \
-                        source's rows by the final key in one step.";
+            let hint = "count, sum, avg, min and max can be taken back; or group the source's rows by the final key in one step.";
             let place = crate::sql::place::find_word(place, "GROUP").unwrap_or_else(|| place.clone());
             Error::user(format!("{view}: {call} over rows that still change cannot run as a stream yet"))
                 .hint(hint)
@@ -128,11 +129,21 @@ impl Sums {
             let held = self.call(extent().call(vec![cast(argument.clone(), kind), one]));
             return Ok(Some(cast(get_field(held, field), output.clone())));
         }
-        let count = self.sum(one);
+        let count = self.sum(one.clone());
         if function.func.name() == "count" {
             return Ok(Some(count));
         }
-        let (number, zero) = match argument.get_type(over.input.schema())? {
+        let kind = argument.get_type(over.input.schema())?;
+        if matches!(kind, DataType::Float32 | DataType::Float64) {
+            // NULL where no value is left, as SQL wants it.
+            let sum = self.call(by_weights().call(vec![cast(argument.clone(), DataType::Float64), one]));
+            return Ok(match function.func.name() {
+                "sum" => Some(cast(sum, output.clone())),
+                "avg" => Some(sum / cast(count, DataType::Float64)),
+                _ => None,
+            });
+        }
+        let (number, zero) = match kind {
             DataType::Int8 | DataType::Int16 | DataType::Int32 | DataType::Int64 => {
                 (cast(argument.clone(), DataType::Int64), lit(0i64))
             }

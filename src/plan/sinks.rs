@@ -21,6 +21,7 @@ use crate::connectors::redis::RedisConfig;
 use crate::connectors::reference::{self, Role};
 use crate::error::{Error, Result};
 use crate::plan::group::contains_group;
+use crate::plan::letters;
 use crate::plan::lower::{Emission, Lowered, Lowering};
 use crate::plan::session::stream_session;
 use crate::plan::source::all_sources;
@@ -136,6 +137,10 @@ pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
     let mut source: Option<String> = None;
     for sink in catalog.sinks.iter().filter(|sink| only.is_empty() || only.contains(&sink.name)) {
         let plan = sink_input(&mut views, sink).await?;
+        if letters::read_by(&plan) {
+            letters::check(&plan, sink)?;
+            lowering.add_letters();
+        }
         for name in scans(&plan).into_iter().filter(|name| sources.contains_key(name)) {
             match &source {
                 Some(known) if *known != name => {
@@ -154,6 +159,7 @@ pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
         }
         add_sink(&mut lowering, sink, &plan, &sources)?;
     }
+    letters::check_pipeline(&lowering.plan, catalog)?;
     Ok(lowering.plan)
 }
 
@@ -168,6 +174,10 @@ pub async fn check_views(catalog: &Catalog) -> Result<()> {
     for view in &catalog.views {
         let plan = views.relation(&view.name, &view.place).await?;
         let mut lowering = Lowering::new(&session, &catalog.tables);
+        if letters::read_by(&plan) {
+            letters::check_shape(&plan, &view.name, &view.place)?;
+            lowering.add_letters();
+        }
         for name in scans(&plan) {
             if let Some(source) = sources.get(&name) {
                 lowering.add_source(source.as_ref().clone());

@@ -18,6 +18,7 @@ use crate::plan::source::SourcePlan;
 use crate::sql::options::nearest;
 use crate::sql::wildcard::hide;
 use crate::sql::{Catalog, CreateView};
+use crate::stream::letters;
 
 /// Plans the queries of one catalog in one session.
 pub struct ViewPlanner<'a> {
@@ -92,6 +93,10 @@ impl<'a> ViewPlanner<'a> {
         if let Some(source) = self.sources.get(name) {
             let table = SourceTable { name: name.to_owned(), schema: Arc::clone(&source.schema) };
             return self.put(name, Arc::new(table));
+        }
+        if name == letters::NAME {
+            return self
+                .put(name, Arc::new(SourceTable { name: name.to_owned(), schema: letters::schema() }));
         }
         let Some(view) = self.catalog.view(name) else {
             return match self.catalog.table(name) {

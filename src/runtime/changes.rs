@@ -5,7 +5,7 @@
 //! - One that is gone is forgotten: its state files go to the garbage list of the next manifest. Its table stays.
 //! - One that means something else stops the start: rows of both meanings would be mixed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::connectors::files;
 use crate::error::{Error, Result};
@@ -48,8 +48,8 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
             StateStore::new(located.store, object_store::path::Path::default(), Clock).latest().await?
         }
     };
-    let compared = latest.as_ref().map(|latest| plan.compare(&latest.fingerprints));
-    let compared = compared.unwrap_or_else(|| plan.compare(&std::collections::BTreeMap::new()));
+    let known = latest.as_ref().map(|latest| latest.fingerprints.clone()).unwrap_or_default();
+    let compared = compare(plan, &known);
     let mut refusals = Vec::new();
     if let Some(latest) = latest.as_ref().filter(|latest| latest.pipeline != name) {
         let message = format!("the state at {state} belongs to pipeline {}, not to {name}", latest.pipeline);
@@ -79,7 +79,7 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
 /// # Errors
 /// User: a view or sink is not what it was. External: a table cannot be read.
 pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest) -> Result<()> {
-    let compared = plan.compare(&latest.fingerprints);
+    let compared = compare(plan, &latest.fingerprints);
     if let Some(error) = refused(&compared) {
         return Err(error);
     }
@@ -109,6 +109,11 @@ pub fn forget(plan: &StreamPlan, next: &mut Manifest) {
     let live: BTreeSet<&str> = plan.nodes.iter().map(|node| node.id.as_str()).collect();
     next.files.retain(|file| live.contains(file.node.as_str()));
     next.nodes.retain(|id, _| live.contains(id.as_str()));
+}
+
+/// A table that takes other columns does not stop a sink.
+fn compare(plan: &StreamPlan, known: &BTreeMap<String, String>) -> Comparison {
+    plan.compare(known, &|id, text| tables::may_grow(plan, id, text))
 }
 
 fn refused(compared: &Comparison) -> Option<Error> {

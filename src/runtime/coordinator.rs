@@ -22,10 +22,12 @@ use crate::runtime::letters;
 use crate::runtime::memory;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::report::{Command, Report, SourceEpoch, StatePart};
+use crate::runtime::staged::{self, staged_commits};
 use crate::runtime::start::{World, open};
 use crate::runtime::tables::prepared_commits;
 use crate::state::manifest::{Manifest, PreparedFile, Segment, garbage_of};
 use crate::stream::clock::Clock;
+use crate::stream::crash;
 use crate::stream::{Barrier, DeadLetter, END_OF_TIME, Micros, START_OF_TIME};
 
 /// How long a stop waits for tasks after the last manifest.
@@ -95,13 +97,14 @@ pub async fn run(
     metrics: Arc<Metrics>,
     stop: watch::Receiver<bool>,
 ) -> Result<Outcome> {
-    let world = open(&mut plan, &options.name, &options.state).await?;
+    let mut world = open(&mut plan, &options.name, &options.state).await?;
     let plan = Arc::new(plan);
     if world.manifest.closed {
         return Ok(Outcome::AlreadyClosed);
     }
     let (durable, published) = watch::channel(0);
     let tasks = spawn(Arc::clone(&plan), &world, &options, Arc::clone(&metrics), published).await?;
+    world.tables.begin_upkeep(&plan, &world.manifest, &world.store, &metrics)?;
     let last = world.manifest.clone();
     let mut coordinator = Coordinator {
         plan,
@@ -180,15 +183,17 @@ impl Coordinator {
     async fn epoch(&mut self, last: bool, close: bool) -> Result<()> {
         let mut next = self.last.next_data(Clock.unix_millis());
         let barrier = Barrier { epoch: next.epoch, last };
+        crash::point("barrier.before");
         for command in &self.tasks.commands {
             let sent = command.send(Command::Cut { barrier, close }).await;
             if sent.is_err() {
                 return Err(self.reason().await);
             }
         }
-        let gathered = self.gather(next.epoch).await?;
+        let (gathered, dead) = self.gather_both(barrier).await?;
+        crash::point("barrier.after");
         self.compaction.note(&gathered.states);
-        self.fill(&mut next, gathered, last, close).await?;
+        self.fill(&mut next, gathered, dead, last, close).await?;
         self.compaction.take_up(&mut next, &mut self.world.orphans).await;
         next.garbage = garbage_of(&self.last, &next, &self.deleted, &self.world.orphans);
         self.world.orphans.clear();
@@ -197,6 +202,7 @@ impl Coordinator {
         self.metrics.checkpoint_ms.store(Clock.unix_millis(), Ordering::Relaxed);
         self.durable.send_replace(next.epoch);
         self.world.tables.commit(&self.plan, &next, &self.metrics).await?;
+        staged::publish(&self.plan, &next, Some(&self.metrics)).await?;
         self.world.store.check_fence(next.epoch).await?;
         self.world.store.delete_files(&next.garbage).await?;
         self.deleted = next.garbage.iter().cloned().collect();
@@ -237,9 +243,36 @@ impl Coordinator {
         Error::internal("a task ended without a word")
     }
 
-    async fn gather(&mut self, epoch: u64) -> Result<Gathered> {
-        let mut gathered = Gathered::default();
-        let expected: usize = self.tasks.shards.values().sum();
+    /// The reports of all shards, and the dead letters. Sinks of dead letters come second: the letters of an epoch are
+    /// complete when all others have reported it. What those sinks refuse goes to the state folder only.
+    async fn gather_both(&mut self, barrier: Barrier) -> Result<(Gathered, Vec<DeadLetter>)> {
+        let all: usize = self.tasks.shards.values().sum();
+        let second = self.tasks.letters.as_ref().map_or(0, |stage| stage.reports);
+        let mut gathered = self.gather(Gathered::default(), barrier.epoch, all - second).await?;
+        let mut dead = self.take_dead(&mut gathered);
+        if let Some(stage) = &mut self.tasks.letters {
+            let passed = stage.pass(&dead, &self.world.source.topics(), barrier).await?;
+            let Some(refused) = passed else { return Err(self.reason().await) };
+            gathered.counts.merge(std::mem::take(&mut stage.chain.counts));
+            self.metrics.bury(&refused);
+            dead.extend(refused);
+            gathered = self.gather(gathered, barrier.epoch, all).await?;
+            dead.append(&mut self.take_dead(&mut gathered));
+        }
+        Ok((gathered, dead))
+    }
+
+    /// The dead letters of what was gathered, and counts them.
+    fn take_dead(&self, gathered: &mut Gathered) -> Vec<DeadLetter> {
+        let mut dead = std::mem::take(&mut gathered.dead);
+        gathered.states.iter_mut().for_each(|(_, part)| dead.append(&mut part.dead));
+        // Sources have counted theirs.
+        self.metrics.bury(&dead);
+        gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
+        dead
+    }
+
+    async fn gather(&mut self, mut gathered: Gathered, epoch: u64, expected: usize) -> Result<Gathered> {
         while gathered.sources.len() < self.tasks.commands.len()
             || gathered.states.len() + gathered.prepared.len() < expected
         {
@@ -267,17 +300,19 @@ impl Coordinator {
     }
 
     /// Fills a data manifest in from the shards' parts.
-    async fn fill(&self, next: &mut Manifest, mut gathered: Gathered, last: bool, close: bool) -> Result<()> {
+    async fn fill(
+        &self,
+        next: &mut Manifest,
+        mut gathered: Gathered,
+        dead: Vec<DeadLetter>,
+        last: bool,
+        close: bool,
+    ) -> Result<()> {
         next.parallelism = self.options.parallelism;
         next.closed = close;
         next.stopped = last;
         next.interval_ms = u64::try_from(self.options.checkpoint.as_millis()).ok();
         changes::forget(&self.plan, next);
-        let mut dead = std::mem::take(&mut gathered.dead);
-        gathered.states.iter_mut().for_each(|(_, part)| dead.append(&mut part.dead));
-        // Sources have counted theirs.
-        self.metrics.bury(&dead);
-        gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
         counts::letters(next, &dead);
         let (name, late) = self.fill_source(next, &gathered.sources);
         let mut counted = std::mem::take(&mut gathered.counts);
@@ -287,7 +322,9 @@ impl Coordinator {
         let generation = next.generation;
         if let Some(batch) = letters::ledger(&self.world.source.topics(), &late)? {
             let path = crate::state::manifest::ledger_name(&name, generation, next.epoch);
-            self.world.store.put_file(&path, letters::parquet(&batch)?).await?;
+            crash::point("ledger.before");
+            self.world.store.put_file(&path, letters::parquet(&[batch])?).await?;
+            crash::point("ledger.after");
             next.ledger.push(Segment {
                 path,
                 epoch: next.epoch,
@@ -295,9 +332,13 @@ impl Coordinator {
                 source: name.clone(),
             });
         }
-        if let Some(batch) = letters::dead_letters(&dead)? {
+        if !dead.is_empty() {
+            let batches = crate::stream::letters::batches(&dead, &self.world.source.topics())?;
+            let rows: Vec<_> = batches.into_iter().map(|batch| batch.rows).collect();
             let path = crate::state::manifest::dead_letter_name(&name, generation, next.epoch);
-            self.world.store.put_file(&path, letters::parquet(&batch)?).await?;
+            crash::point("dead-letters.before");
+            self.world.store.put_file(&path, letters::parquet(&rows)?).await?;
+            crash::point("dead-letters.after");
             next.dead_letters.push(Segment {
                 path,
                 epoch: next.epoch,
@@ -306,6 +347,7 @@ impl Coordinator {
             });
         }
         self.fill_states(next, gathered.states);
+        next.commits = staged_commits(&self.plan, next.epoch, &gathered.prepared);
         next.commits.extend(prepared_commits(&self.plan, next, gathered.prepared, &name));
         Ok(())
     }
@@ -365,6 +407,8 @@ pub fn shown_watermark(at: Micros) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::watermark::SourceClock;
+    use crate::stream::Place;
 
     #[test]
     fn the_watermark_of_an_epoch_is_the_least_that_a_shard_had_sent() {
@@ -372,5 +416,25 @@ mod tests {
         assert_eq!(sent_by_all(&[part(Some(20)), part(Some(70)), part(Some(50))]), Some(20));
         assert_eq!(sent_by_all(&[part(Some(20)), part(None)]), None);
         assert_eq!(sent_by_all(&[]), None);
+    }
+
+    /// Shard 0 cuts, reads on, then shard 1 cuts: what shard 0 read behind its cut is on time again after a restart.
+    #[test]
+    fn rows_behind_an_early_cut_are_not_late_when_they_are_read_again() {
+        let (a, b) = (Place::new(0, 0, 0), Place::new(0, 0, 1));
+        let clock = SourceClock::new(5, [(a, None), (b, None)], None);
+        let mut late = Vec::new();
+        clock.observe(&[a, b], &[10, 500], &mut late);
+        let first = SourceEpoch { watermark: Some(clock.published()), ..SourceEpoch::default() };
+        let stored = clock.partitions();
+        let behind = [12, 90, 100];
+        clock.observe(&[a; 3], &behind, &mut late);
+        assert_eq!(late, [false; 3]);
+        let second = SourceEpoch { watermark: Some(clock.published()), ..SourceEpoch::default() };
+        assert!(second.watermark > first.watermark);
+
+        let again = SourceClock::new(5, [(a, stored[&a]), (b, stored[&b])], sent_by_all(&[first, second]));
+        again.observe(&[a; 3], &behind, &mut late);
+        assert_eq!(late, [false; 3], "late only because of rows behind the cut");
     }
 }

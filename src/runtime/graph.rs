@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use crate::connectors::collect::CollectSink;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::{DeltaConfig, DeltaWriter, Mode, upsert::Stager};
-use crate::connectors::ndjson::NdjsonSink;
+use crate::connectors::ndjson::NdjsonWriter;
 #[cfg(feature = "redis")]
 use crate::connectors::redis::scan::Lookup;
 use crate::error::{Error, Result};
@@ -26,14 +26,15 @@ use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::discovery::{Discovery, shard_of};
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::Saver;
+use crate::runtime::letters::LetterStage;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
 #[cfg(feature = "redis")]
 use crate::runtime::remote::{Cache, Remote};
 use crate::runtime::report::{Command, Report};
-use crate::runtime::sinks::AppendTask;
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
+use crate::runtime::sinks::{AppendTask, NdjsonTask};
 use crate::runtime::source::{SourceState, SourceTask};
 use crate::runtime::stage::{Operate, StageTask};
 use crate::runtime::start::{World, restore};
@@ -53,6 +54,8 @@ pub struct Tasks {
     pub reports: Receiver<Report>,
     /// Reports of `Report::State` or `Report::Prepared` per epoch, by node.
     pub shards: BTreeMap<NodeId, usize>,
+    /// The sinks of dead letters, if there are some.
+    pub letters: Option<LetterStage>,
 }
 
 struct Graph<'a> {
@@ -91,7 +94,11 @@ pub async fn spawn(
         durable,
         inboxes: BTreeMap::new(),
     };
-    let source_chains = graph.chains(source);
+    let source_chains = graph.chains(source, parallelism);
+    let mut letters = plan.letters().map(|node| {
+        let chain = graph.chains(node, 1).remove(0);
+        LetterStage { node, chain, reports: 0 }
+    });
     let mut shards = BTreeMap::new();
     for (id, node) in plan.nodes.iter().enumerate() {
         match &node.kind {
@@ -102,10 +109,18 @@ pub async fn spawn(
             NodeKind::Sink(sink) => graph.spawn_sink(id, sink).await?,
             _ => continue,
         }
-        shards.insert(id, parallelism);
+        match &mut letters {
+            Some(stage) if plan.reads_letters(id) => {
+                stage.reports += 1;
+                shards.insert(id, 1);
+            }
+            _ => {
+                shards.insert(id, parallelism);
+            }
+        }
     }
     let commands = graph.spawn_source(source, source_chains).await?;
-    Ok(Tasks { commands, reports: receiver, shards })
+    Ok(Tasks { commands, reports: receiver, shards, letters })
 }
 
 impl Graph<'_> {
@@ -127,19 +142,17 @@ impl Graph<'_> {
         }
     }
 
-    /// The chain of each shard of a stage, with channels to every reader at its edges.
-    fn chains(&mut self, root: NodeId) -> Vec<Chain> {
+    /// The chain of each shard of a stage, with channels to every reader at its edges, which has as many shards.
+    fn chains(&mut self, root: NodeId, shards: usize) -> Vec<Chain> {
         let mut edges = Vec::new();
         self.edges(root, &mut edges);
         let topics = self.world.source.topics();
-        let mut outlets: Vec<Vec<(NodeId, Outlet)>> = (0..self.parallelism).map(|_| Vec::new()).collect();
+        let mut outlets: Vec<Vec<(NodeId, Outlet)>> = (0..shards).map(|_| Vec::new()).collect();
         for (reader, keys) in edges {
-            let inboxes = self
-                .inboxes
-                .entry(reader)
-                .or_insert_with(|| (0..self.parallelism).map(|_| Vec::new()).collect());
+            let inboxes =
+                self.inboxes.entry(reader).or_insert_with(|| (0..shards).map(|_| Vec::new()).collect());
             for (shard, outlets) in outlets.iter_mut().enumerate() {
-                let targets = if keys.is_some() { 0..self.parallelism } else { shard..shard + 1 };
+                let targets = if keys.is_some() { 0..shards } else { shard..shard + 1 };
                 let senders = targets
                     .map(|target| {
                         let (sender, receiver) = channel(CHANNEL);
@@ -194,7 +207,7 @@ impl Graph<'_> {
     }
 
     async fn spawn_over(&mut self, node: NodeId) -> Result<()> {
-        let chains = self.chains(node);
+        let chains = self.chains(node, self.parallelism);
         let NodeKind::Over(spec) = &self.plan.nodes[node].kind else { return Ok(()) };
         let id = &self.plan.nodes[node].id;
         let rows = restore(self.world, id, "rows", self.parallelism).await?;
@@ -211,7 +224,7 @@ impl Graph<'_> {
     }
 
     async fn spawn_group(&mut self, node: NodeId, spec: &GroupSpec) -> Result<()> {
-        let chains = self.chains(node);
+        let chains = self.chains(node, self.parallelism);
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
         let id = &self.plan.nodes[node].id;
         let rows = restore(self.world, id, "groups", self.parallelism).await?;
@@ -234,7 +247,7 @@ impl Graph<'_> {
         view: &Arc<str>,
     ) -> Result<()> {
         let Some(edge) = self.plan.nodes[node].inputs.first().cloned() else { return Ok(()) };
-        let chains = self.chains(node);
+        let chains = self.chains(node, self.parallelism);
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
         for (shard, (chain, receivers)) in chains.into_iter().zip(inboxes).enumerate() {
             let remote = Remote {
@@ -263,6 +276,10 @@ impl Graph<'_> {
             match &sink.kind {
                 #[cfg(feature = "delta")]
                 SinkKind::Delta(config) => self.spawn_table(node, shard, sink, config, inbox)?,
+                SinkKind::Ndjson(config) => {
+                    let writer = NdjsonWriter::open(config.clone(), self.world.manifest.generation, shard)?;
+                    self.run(NdjsonTask { node, writer, inbox, reports, metrics }.run());
+                }
                 SinkKind::Online { ttl_micros, .. } => {
                     let mut newest = Newest::new(Arc::clone(&sink.schema), sink.key.clone(), *ttl_micros)?;
                     newest.restore(&restored.shards[shard])?;
@@ -292,7 +309,7 @@ impl Graph<'_> {
                     self.run(task.run());
                 }
                 other => {
-                    let sink = append_sink(other, sink, self.console, &self.world.manifest, shard).await?;
+                    let sink = append_sink(other, sink, self.console, &self.world.manifest).await?;
                     self.run(AppendTask { node, sink, inbox, reports, metrics }.run());
                 }
             }
@@ -378,7 +395,10 @@ impl Graph<'_> {
             let known = self.world.positions.iter().map(|(place, _)| place).collect();
             let source = Arc::clone(&self.world.source);
             let commands = commands.iter().map(Sender::downgrade).collect();
-            self.run(Discovery { source, every, known, commands }.run());
+            let discovery = Discovery { source, every, known, commands };
+            // It reports nothing: whoever waits for the last report need not wait until it has slept.
+            #[expect(clippy::disallowed_methods, reason = "this is where the runtime spawns its tasks")]
+            tokio::spawn(discovery.run());
         }
         Ok(commands)
     }
@@ -389,18 +409,11 @@ async fn append_sink(
     sink: &SinkPlan,
     console: fn() -> Box<dyn std::io::Write + Send>,
     manifest: &Manifest,
-    shard: usize,
 ) -> Result<Box<dyn crate::connectors::AppendSink>> {
     match kind {
         #[cfg(feature = "kafka")]
         SinkKind::Kafka(config) => {
             Ok(Box::new(crate::connectors::kafka::KafkaSink::open(config.clone()).await?))
-        }
-        SinkKind::Ndjson(config) => {
-            if shard == 0 {
-                NdjsonSink::clean(config, manifest.generation, manifest.data_epoch.unwrap_or(0)).await?;
-            }
-            Ok(Box::new(NdjsonSink::open(config.clone(), manifest.generation, shard)?))
         }
         SinkKind::Collect(collector) => {
             Ok(Box::new(CollectSink::new(collector.clone(), manifest.generation)))

@@ -16,7 +16,7 @@ use crate::state::files::{encode, sort_by_group};
 use crate::state::keys::hash_keys;
 use crate::state::manifest::{StateFile, file_name};
 use crate::state::store::StateStore;
-use crate::stream::{ChangeBatch, Micros, Port};
+use crate::stream::{ChangeBatch, Micros, Port, crash};
 
 /// Epochs between full snapshots of the keyed state, which let older files go.
 pub const FULL_EVERY: u64 = 32;
@@ -73,7 +73,9 @@ impl Saver {
         let bytes = encode(&sort_by_group(batch, &hashes)?)?;
         let path = file_name(&self.node, kind, self.generation, epoch, self.shard);
         let size = bytes.len() as u64;
+        crash::point("state.before");
         self.store.put_file(&path, bytes).await?;
+        crash::point("state.after");
         Ok(StateFile {
             path,
             node: self.node.clone(),

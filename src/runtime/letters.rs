@@ -1,14 +1,55 @@
-//! The late ledger and dead letters as Parquet segments.
+//! Dead letters of rows, the late ledger, and Parquet segments of both.
 
 use std::sync::Arc;
 
-use arrow::array::{BinaryArray, Int32Array, Int64Array, RecordBatch, StringArray};
+use arrow::array::{Int32Array, Int64Array, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Schema};
 use bytes::Bytes;
 use parquet::arrow::ArrowWriter;
 
 use crate::error::Result;
-use crate::stream::{ChangeBatch, DeadLetter, Place, Stage};
+use crate::plan::NodeId;
+use crate::runtime::chain::{Chain, Outgoing};
+use crate::stream::letters::batches;
+use crate::stream::{Barrier, ChangeBatch, DeadLetter, Message, Place, Port, Reached, Stage};
+
+/// The stage of `dead_letters`: the coordinator runs its chain, one task per sink reads it. The letters of an epoch go
+/// through it when all other shards have reported the epoch, so what the sinks write of them is in the same manifest.
+pub struct LetterStage {
+    pub node: NodeId,
+    pub chain: Chain,
+    /// Reports of its sinks per epoch.
+    pub reports: usize,
+}
+
+impl LetterStage {
+    /// Sends the letters of an epoch, then its barrier. Gives the letters on which an expression failed; `None`: a sink
+    /// is gone and says itself why.
+    ///
+    /// # Errors
+    /// Internal only.
+    pub async fn pass(
+        &mut self,
+        dead: &[DeadLetter],
+        topics: &[Arc<str>],
+        barrier: Barrier,
+    ) -> Result<Option<Vec<DeadLetter>>> {
+        let reached = Arc::new(Reached::default());
+        let mut out = Outgoing::new();
+        for batch in batches(dead, topics)? {
+            // They come from nowhere: rows that the node adds.
+            self.chain.counts.of(self.node).added += batch.num_rows() as u64;
+            self.chain.counts.out(self.node, Port::Accepted, batch.num_rows());
+            self.chain.run(self.node, Port::Accepted, &batch, &reached, &mut out)?;
+            if self.chain.flush(&mut out).await.is_err() {
+                return Ok(None);
+            }
+        }
+        self.chain.broadcast(&Message::Barrier(barrier), &mut out);
+        let sent = self.chain.flush(&mut out).await;
+        Ok(sent.is_ok().then(|| std::mem::take(&mut self.chain.dead)))
+    }
+}
 
 /// The dead letter of a row that came out of a record: the record itself is found in the topic and its backup.
 pub fn of_row(
@@ -31,6 +72,7 @@ pub fn of_row(
         timestamp_ms: None,
         key: None,
         payload: None,
+        headers: None,
         error,
         kind,
     }
@@ -60,51 +102,15 @@ pub fn ledger(topics: &[Arc<str>], late: &[(u16, i32, i64)]) -> Result<Option<Re
     )?))
 }
 
-/// Dead letters with payload, key and place; `None` when there are none.
+/// Batches of one schema as one Parquet file.
 ///
 /// # Errors
 /// Internal only.
-pub fn dead_letters(dead: &[DeadLetter]) -> Result<Option<RecordBatch>> {
-    if dead.is_empty() {
-        return Ok(None);
+pub fn parquet(batches: &[RecordBatch]) -> Result<Bytes> {
+    let schema = batches.first().map_or_else(|| Arc::new(Schema::empty()), RecordBatch::schema);
+    let mut writer = ArrowWriter::try_new(Vec::new(), schema, None)?;
+    for batch in batches {
+        writer.write(batch)?;
     }
-    let text = |name: &str| Field::new(name, DataType::Utf8, false);
-    let schema = Schema::new(vec![
-        text("stage"),
-        text("at"),
-        text("kind"),
-        text("error"),
-        text("topic"),
-        Field::new("partition", DataType::Int32, false),
-        Field::new("offset", DataType::Int64, false),
-        Field::new("timestamp_ms", DataType::Int64, true),
-        Field::new("key", DataType::Binary, true),
-        Field::new("payload", DataType::Binary, true),
-    ]);
-    let words = |of: fn(&DeadLetter) -> &str| Arc::new(StringArray::from_iter_values(dead.iter().map(of)));
-    Ok(Some(RecordBatch::try_new(
-        Arc::new(schema),
-        vec![
-            words(|d| d.stage.as_str()),
-            words(|d| &d.at),
-            words(|d| d.kind),
-            words(|d| &d.error),
-            words(|d| &d.topic),
-            Arc::new(Int32Array::from_iter_values(dead.iter().map(|d| d.partition))),
-            Arc::new(Int64Array::from_iter_values(dead.iter().map(|d| d.offset))),
-            Arc::new(dead.iter().map(|d| d.timestamp_ms).collect::<Int64Array>()),
-            Arc::new(dead.iter().map(|d| d.key.as_deref()).collect::<BinaryArray>()),
-            Arc::new(dead.iter().map(|d| d.payload.as_deref()).collect::<BinaryArray>()),
-        ],
-    )?))
-}
-
-/// A batch as one Parquet file.
-///
-/// # Errors
-/// Internal only.
-pub fn parquet(batch: &RecordBatch) -> Result<Bytes> {
-    let mut writer = ArrowWriter::try_new(Vec::new(), batch.schema(), None)?;
-    writer.write(batch)?;
     Ok(Bytes::from(writer.into_inner()?))
 }

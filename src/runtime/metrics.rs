@@ -285,6 +285,7 @@ mod tests {
             timestamp_ms: None,
             key: None,
             payload: None,
+            headers: None,
             error: format!("{kind}!"),
             kind,
         };

@@ -26,12 +26,15 @@ pub mod report;
 mod sinks;
 mod source;
 mod stage;
+mod staged;
 mod start;
 #[cfg(feature = "delta")]
 mod tables;
 #[cfg(not(feature = "delta"))]
 #[path = "no_tables.rs"]
 mod tables;
+#[cfg(feature = "delta")]
+mod upkeep;
 #[cfg(feature = "delta")]
 mod upsert;
 pub mod watermark;

@@ -1,9 +1,12 @@
 //! What stands for [`tables`](self) in a build without the feature `delta`: no plan has a Delta sink then.
 
+use std::sync::Arc;
+
 use crate::error::Result;
 use crate::plan::{NodeId, StreamPlan};
 use crate::runtime::metrics::Metrics;
 use crate::state::manifest::{Manifest, PreparedCommit, PreparedFile};
+use crate::state::store::StateStore;
 use crate::stream::Micros;
 
 #[derive(Default)]
@@ -23,6 +26,16 @@ impl Tables {
     pub async fn commit(&mut self, _: &StreamPlan, _: &Manifest, _: &Metrics) -> Result<()> {
         Ok(())
     }
+
+    pub fn begin_upkeep(
+        &mut self,
+        _: &StreamPlan,
+        _: &Manifest,
+        _: &Arc<StateStore>,
+        _: &Metrics,
+    ) -> Result<()> {
+        Ok(())
+    }
 }
 
 pub fn prepared_commits(
@@ -36,4 +49,8 @@ pub fn prepared_commits(
 
 pub async fn is_committed(_: &PreparedCommit, _: &str) -> Result<bool> {
     Ok(true)
+}
+
+pub fn may_grow(_: &StreamPlan, _: NodeId, _: &str) -> bool {
+    false
 }

@@ -1,4 +1,4 @@
-//! Sink tasks: Delta (files prepared per epoch), append (Kafka, console), collect. The online one is in `online`.
+//! Sink tasks: Delta and NDJSON (files prepared per epoch), append (Kafka, console), collect. The online one is in `online`.
 
 use std::sync::Arc;
 
@@ -7,17 +7,15 @@ use tokio::sync::mpsc::Sender;
 use crate::connectors::AppendSink;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::{DeltaConfig, DeltaWriter};
+use crate::connectors::ndjson::NdjsonWriter;
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
-#[cfg(feature = "delta")]
 use crate::runtime::counts::Count;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::metrics::{Metrics, SinkMetrics};
-#[cfg(feature = "delta")]
-use crate::runtime::report::behind;
-use crate::runtime::report::{Report, StatePart};
-#[cfg(feature = "delta")]
+use crate::runtime::report::{Report, StatePart, behind};
 use crate::state::manifest::PreparedFile;
+use crate::stream::Barrier;
 use crate::stream::clock::Clock;
 
 pub(super) fn coordinator_gone<E>(_: E) -> Error {
@@ -82,6 +80,48 @@ impl DeltaTask {
 impl From<crate::connectors::delta::PreparedFile> for PreparedFile {
     fn from(file: crate::connectors::delta::PreparedFile) -> Self {
         Self { path: file.path, size: file.size, rows: file.rows, add: file.add }
+    }
+}
+
+/// Each row once: lines into staged files, files into the manifest.
+pub struct NdjsonTask {
+    pub node: NodeId,
+    pub writer: NdjsonWriter,
+    pub inbox: Inbox,
+    pub reports: Sender<Report>,
+    pub metrics: Arc<SinkMetrics>,
+}
+
+impl NdjsonTask {
+    /// Runs until the last barrier.
+    ///
+    /// # Errors
+    /// External: the location failed.
+    pub async fn run(mut self) -> Result<()> {
+        let mut watermark = crate::stream::START_OF_TIME;
+        let mut count = Count::default();
+        loop {
+            match self.inbox.next().await? {
+                Event::Changes { batch, .. } => {
+                    self.writer.write(&batch)?;
+                    count.rows_in += batch.num_rows() as u64;
+                    Metrics::add(&self.metrics.rows, batch.num_rows() as u64);
+                }
+                Event::Watermark { time, .. } => watermark = time,
+                Event::Barrier(Barrier { epoch, last }) => {
+                    let (staged, node) = (self.writer.prepare(epoch), self.node);
+                    let count = std::mem::take(&mut count);
+                    behind(&self.reports, async move {
+                        let files = staged.await?.into_iter().map(PreparedFile::from).collect();
+                        Ok(Report::Prepared { node, epoch, files, watermark, dead: Vec::new(), count })
+                    });
+                    if last {
+                        return Ok(());
+                    }
+                }
+                Event::End => return Ok(()),
+            }
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The source task: poll → computed columns → future and late rows → chain. Runs on a thread of its own.
+//! The source task: poll → accept → late rows → chain. Runs on a thread of its own.
 //!
 //! Everything that is decided once per row is decided here: dead letters of the source, lateness, position in the
 //! total order. A barrier cuts between two polls.
@@ -7,11 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
-    UInt32Array,
-};
-use arrow::datatypes::{Schema, SchemaRef, TimestampMicrosecondType};
+use arrow::array::{BooleanArray, RecordBatch};
 use tokio::sync::mpsc::{Receiver, Sender};
 
 use crate::connectors::formats::OnError;
@@ -25,7 +21,7 @@ use crate::runtime::watermark::SourceClock;
 use crate::state::manifest::PartitionProgress;
 use crate::stream::clock::Clock;
 use crate::stream::{
-    ChangeBatch, DeadLetter, Message, Micros, Origin, Place, Port, Positions, Reached, START_OF_TIME, Stage,
+    ChangeBatch, DeadLetter, Message, Micros, Origin, Place, Port, Positions, Reached, START_OF_TIME,
 };
 
 /// Rows of one poll at most: large enough to amortise, small enough for a few milliseconds of latency.
@@ -149,8 +145,8 @@ impl SourceTask {
         let mut epoch = std::mem::take(&mut self.state.epoch);
         epoch.epoch = barrier.epoch;
         epoch.partitions = self.positions.iter().map(progress).collect();
-        let published = self.watermarks.published();
-        epoch.watermark = (published != START_OF_TIME).then_some(published);
+        // What went downstream before the barrier; other shards may have raised the source's watermark since.
+        epoch.watermark = self.state.sent;
         self.metrics.bury(&self.chain.dead);
         epoch.dead.append(&mut self.chain.dead);
         epoch.counts = std::mem::take(&mut self.chain.counts);
@@ -252,13 +248,20 @@ impl SourceTask {
             }
         }
         let mut dead = Vec::new();
-        let kept = self.rows(batch, &mut dead)?;
+        let kept = self.plan.accept(batch, &self.topic(), &mut dead)?;
+        if !dead.is_empty() {
+            self.reader.add_headers(&mut dead);
+        }
         self.bury(dead)?;
         if let Some((rows, origin)) = kept {
             self.send(rows, origin, out)?;
         }
         self.forward_watermark(out);
         self.chain.flush_blocking(out)
+    }
+
+    fn topic(&self) -> Arc<str> {
+        self.topics.first().cloned().unwrap_or_else(|| "".into())
     }
 
     /// Decides lateness and sends the rows on both ports.
@@ -294,140 +297,6 @@ impl SourceTask {
         Ok(())
     }
 
-    /// Computed columns, event time, metadata; rows that fail become dead letters.
-    fn rows(
-        &self,
-        mut batch: SourceBatch,
-        dead: &mut Vec<DeadLetter>,
-    ) -> Result<Option<(RecordBatch, Origin)>> {
-        dead.append(&mut batch.dead);
-        let mut schema: SchemaRef = Arc::clone(&self.plan.physical);
-        for (expr, field) in &self.plan.computed {
-            let value =
-                |rows: &RecordBatch| expr.evaluate(rows).and_then(|value| value.into_array(rows.num_rows()));
-            let column = match value(&batch.rows) {
-                Ok(column) => column,
-                Err(_) => {
-                    let failing =
-                        |row: usize| value(&batch.rows.slice(row, 1)).err().map(|error| error.to_string());
-                    let failed: Vec<Option<String>> = (0..batch.rows.num_rows()).map(failing).collect();
-                    batch = self.without(&batch, &failed, Stage::Expression, "expression", dead)?;
-                    value(&batch.rows)?
-                }
-            };
-            let mut fields = schema.fields().to_vec();
-            fields.push(Arc::new(field.clone()));
-            schema = Arc::new(Schema::new(fields));
-            let mut columns = batch.rows.columns().to_vec();
-            // A NULL in a computed column that never is NULL by its types cannot happen; the schema says so.
-            columns.push(column);
-            batch.rows = RecordBatch::try_new(Arc::clone(&schema), columns)?;
-        }
-        let batch = self.timely(batch, dead)?;
-        if batch.rows.num_rows() == 0 {
-            return Ok(None);
-        }
-        let origin = self.origin(&batch)?;
-        let mut columns = batch.rows.columns().to_vec();
-        if self.plan.has_metadata() {
-            columns.extend(self.metadata(&batch));
-        }
-        Ok(Some((RecordBatch::try_new(Arc::clone(&self.plan.schema), columns)?, origin)))
-    }
-
-    /// Refuses rows without event time or too far ahead of their record's timestamp (`max_future`).
-    fn timely(&self, batch: SourceBatch, dead: &mut Vec<DeadLetter>) -> Result<SourceBatch> {
-        let Some(column) = self.plan.event_time else { return Ok(batch) };
-        let times = batch.rows.column(column).as_primitive::<TimestampMicrosecondType>();
-        let future = |row: usize| {
-            let bound = batch.timestamp.value(row).saturating_mul(1_000).saturating_add(self.plan.max_future);
-            batch.timestamp.is_valid(row) && times.value(row) > bound
-        };
-        let rows = 0..batch.rows.num_rows();
-        if times.null_count() == 0 && !rows.clone().any(future) {
-            return Ok(batch);
-        }
-        let nulls: Vec<Option<String>> =
-            rows.clone().map(|row| times.is_null(row).then(|| "the event time is NULL".to_owned())).collect();
-        let ahead = |row: usize| {
-            let days = self.plan.max_future / 86_400_000_000;
-            (times.is_valid(row) && future(row))
-                .then(|| format!("the event time is more than {days} day(s) after the record's timestamp"))
-        };
-        let ahead: Vec<Option<String>> = rows.map(ahead).collect();
-        let kept: Vec<Option<String>> = ahead
-            .into_iter()
-            .zip(&nulls)
-            .filter(|(_, null)| null.is_none())
-            .map(|(ahead, _)| ahead)
-            .collect();
-        let batch = self.without(&batch, &nulls, Stage::Expression, "null_event_time", dead)?;
-        self.without(&batch, &kept, Stage::Future, "future", dead)
-    }
-
-    /// Turns the rows with a reason into dead letters and returns the others.
-    fn without(
-        &self,
-        batch: &SourceBatch,
-        failed: &[Option<String>],
-        stage: Stage,
-        kind: &'static str,
-        dead: &mut Vec<DeadLetter>,
-    ) -> Result<SourceBatch> {
-        let bytes = |column: &Option<arrow::array::BinaryArray>, row: usize| {
-            column.as_ref().filter(|column| column.is_valid(row)).map(|column| column.value(row).to_vec())
-        };
-        for (row, reason) in failed.iter().enumerate() {
-            let Some(reason) = reason else { continue };
-            dead.push(DeadLetter {
-                stage,
-                at: self.plan.name.as_str().into(),
-                topic: self.topics.first().cloned().unwrap_or_else(|| "".into()),
-                partition: batch.partition.value(row),
-                offset: batch.offset.value(row),
-                timestamp_ms: batch.timestamp.is_valid(row).then(|| batch.timestamp.value(row)),
-                key: bytes(&batch.key, row),
-                payload: bytes(&batch.payload, row),
-                error: reason.clone(),
-                kind,
-            });
-        }
-        let kept: Vec<u32> = failed
-            .iter()
-            .enumerate()
-            .filter(|(_, reason)| reason.is_none())
-            .map(|(row, _)| row as u32)
-            .collect();
-        select(batch, &UInt32Array::from(kept))
-    }
-
-    fn origin(&self, batch: &SourceBatch) -> Result<Origin> {
-        let place = batch.partition.values().iter().map(|partition| Place::new(0, 0, *partition).0);
-        let time = match self.plan.event_time {
-            Some(column) => {
-                let times = batch.rows.column(column).as_primitive::<TimestampMicrosecondType>();
-                Int64Array::new(times.values().clone(), None)
-            }
-            None => batch.timestamp.values().iter().map(|ms| ms.saturating_mul(1_000)).collect(),
-        };
-        Ok(Origin { time, place: Int64Array::from_iter_values(place), offset: batch.offset.clone() })
-    }
-
-    fn metadata(&self, batch: &SourceBatch) -> Vec<ArrayRef> {
-        let rows = batch.rows.num_rows();
-        let topic = self.topics.first().map_or("", |topic| topic);
-        let timestamp: TimestampMicrosecondArray =
-            batch.timestamp.iter().map(|ms| ms.map(|ms| ms.saturating_mul(1_000))).collect();
-        let key = batch.key.clone().unwrap_or_else(|| arrow::array::BinaryArray::new_null(rows));
-        vec![
-            Arc::new(StringArray::from_iter_values(std::iter::repeat_n(topic, rows))),
-            Arc::new(batch.partition.clone()),
-            Arc::new(batch.offset.clone()),
-            Arc::new(timestamp.with_timezone("UTC")),
-            Arc::new(key),
-        ]
-    }
-
     /// Counts dead letters, keeps or drops them by `on_error`, and logs the first of each kind.
     fn bury(&mut self, dead: Vec<DeadLetter>) -> Result<()> {
         self.metrics.bury(&dead);
@@ -451,20 +320,4 @@ impl SourceTask {
         }
         Ok(())
     }
-}
-
-fn select(batch: &SourceBatch, rows: &UInt32Array) -> Result<SourceBatch> {
-    let take = |array: &dyn Array| arrow::compute::take(array, rows, None);
-    let binary = |column: &Option<arrow::array::BinaryArray>| {
-        column.as_ref().map(|column| take(column).map(|taken| taken.as_binary().clone())).transpose()
-    };
-    Ok(SourceBatch {
-        rows: arrow::compute::take_record_batch(&batch.rows, rows)?,
-        partition: take(&batch.partition)?.as_primitive().clone(),
-        offset: take(&batch.offset)?.as_primitive().clone(),
-        timestamp: take(&batch.timestamp)?.as_primitive().clone(),
-        key: binary(&batch.key)?,
-        payload: binary(&batch.payload)?,
-        ..batch.clone()
-    })
 }

@@ -16,13 +16,15 @@ use crate::error::{Error, Result};
 use crate::plan::{NodeId, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
 use crate::runtime::changes;
 use crate::runtime::lookups::Lookups;
+use crate::runtime::staged;
+
 use crate::runtime::tables::Tables;
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
 use crate::state::manifest::Manifest;
 use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
-use crate::stream::{Place, Positions};
+use crate::stream::{Place, Positions, crash};
 
 /// Everything outside that a pipeline talks to, reached and claimed.
 pub struct World {
@@ -86,6 +88,7 @@ pub async fn open(plan: &mut StreamPlan, name: &str, state: &str) -> Result<Worl
     changes::adopt(plan, &manifest).await?;
     let orphans = store.unreferenced(&manifest).await?;
     tables.take_over(plan, &manifest).await?;
+    staged::take_over(plan, &manifest).await?;
     let mut fenced = BTreeMap::new();
     for (node, store) in online {
         fenced.insert(node, claim_online(store, &plan.nodes[node].id, &manifest).await?);
@@ -173,7 +176,9 @@ async fn claim_online(store: Arc<dyn OnlineStore>, node: &str, manifest: &Manife
     // The generation under which the sink's state was written had raised its fence before.
     let expected = manifest.nodes.get(node).map_or(0, |progress| progress.generation.unwrap_or(1));
     let lost = found < expected;
+    crash::point("redis.fence.before");
     let fence = if lost { found } else { store.raise_fence(manifest.generation).await? };
+    crash::point("redis.fence.after");
     if fence > manifest.generation {
         return Err(Error::fenced(format!(
             "the online store belongs to generation {fence}, this process has {}",
@@ -224,7 +229,14 @@ pub async fn restore(world: &World, node: &str, kind: &str, shards: usize) -> Re
     files.sort_by_key(|file| (file.epoch, file.path.as_str()));
     let mut restored = Restored { shards: vec![Vec::new(); shards] };
     for file in files {
-        let bytes = world.store.get_file(&file.path).await?;
+        let bytes = match world.store.get_file(&file.path).await {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                // Whoever overtook us meanwhile may have removed it.
+                world.store.check_fence(world.manifest.epoch).await?;
+                return Err(error);
+            }
+        };
         for (shard, batches) in restored.shards.iter_mut().enumerate() {
             for mut batch in
                 decode(bytes.clone(), groups_of(shard, shards)).map_err(|e| e.context(&file.path))?

@@ -1,24 +1,22 @@
 //! The Delta sinks of a pipeline: opened at start, taken over by a claim, committed once per epoch.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use tokio::task::JoinHandle;
-
-use crate::connectors::delta::table::{checkpoint, exists, newest_epoch};
+use crate::connectors::delta::config::OnSchemaChange;
+use crate::connectors::delta::table::{exists, newest_epoch};
 use crate::connectors::delta::{
     CommitProgress, Committed, DeltaCommitter, DeltaConfig, PreparedFile as DeltaFile, TableState,
 };
 use crate::error::{Error, Result};
-use crate::plan::{NodeId, SinkKind, SinkPlan, StreamPlan};
+use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::metrics::Metrics;
+use crate::runtime::upkeep::Upkeep;
 use crate::state::manifest::{self, Manifest, PreparedCommit, PreparedFile};
+use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
-use crate::stream::{Micros, START_OF_TIME};
-
-/// Versions between checkpoints of a table's log, which readers need to open it fast. Delta's own default is 10; a
-/// pipeline commits often and a checkpoint reads the log.
-const CHECKPOINT_EVERY: u64 = 50;
+use crate::stream::{Micros, START_OF_TIME, crash};
 
 /// Committers of the Delta sinks.
 pub struct Tables {
@@ -26,8 +24,8 @@ pub struct Tables {
     missing: Vec<NodeId>,
     /// The largest epoch or generation found in the tables.
     pub newest: u64,
-    /// The checkpoint being written in the background; one at a time.
-    checkpoint: Option<JoinHandle<()>>,
+    /// Checkpoints, compaction and vacuum, in the background.
+    upkeep: Option<Upkeep>,
 }
 
 impl Tables {
@@ -36,8 +34,7 @@ impl Tables {
     /// # Errors
     /// User: a table belongs to another state, or has other columns. External: a store failed.
     pub async fn open(plan: &StreamPlan, name: &str, latest: Option<&Manifest>, state: &str) -> Result<Self> {
-        let mut tables =
-            Self { committers: BTreeMap::new(), missing: Vec::new(), newest: 0, checkpoint: None };
+        let mut tables = Self { committers: BTreeMap::new(), missing: Vec::new(), newest: 0, upkeep: None };
         for (node, sink) in plan.sinks() {
             let SinkKind::Delta(config) = &sink.kind else { continue };
             let stored = config.stored_rows(&sink.schema)?;
@@ -52,21 +49,30 @@ impl Tables {
         Ok(tables)
     }
 
-    /// After the claim: creates what is missing, in commits of their own, and replays the prepared commits unchanged.
+    /// After the claim: creates what is missing, in commits of their own, replays the prepared commits unchanged, and
+    /// adds the columns that a table lacks.
     ///
     /// # Errors
     /// External: a store failed, or a prepared file is gone.
     pub async fn take_over(&mut self, plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
         for node in std::mem::take(&mut self.missing) {
             if let Some(committer) = self.committers.get_mut(&node) {
+                crash::point("table.before");
                 committer.create(&manifest.state_id.to_string()).await?;
+                crash::point("table.after");
             }
         }
         for commit in &manifest.commits {
             if let Some(committer) = self.committer(plan, commit) {
+                crash::point("replay.before");
                 let done = replay(committer, commit, manifest.generation).await?;
+                crash::point("replay.after");
                 tracing::info!(sink = %commit.sink, epoch = commit.epoch, ?done, "replayed a prepared commit");
             }
+        }
+        // Only now: what was prepared before belongs to the tables as they were.
+        for committer in self.committers.values_mut() {
+            committer.evolve().await?;
         }
         Ok(())
     }
@@ -79,15 +85,14 @@ impl Tables {
         for commit in &manifest.commits {
             let Some(committer) = self.committer(plan, commit) else { continue };
             let progress = progress_of(commit, manifest.generation);
+            crash::point("delta.commit.before");
             let done = committer.commit(commit.epoch, &files_of(commit), &progress).await?;
+            crash::point("delta.commit.after");
             let Committed::Version(version) = done else { continue };
             if let Some((node, _)) = plan.sinks().find(|(_, sink)| sink.name == commit.sink) {
                 let counted = metrics.sink(node);
                 counted.version.store(version, Ordering::Relaxed);
                 counted.committed(Clock.unix_millis());
-            }
-            if version.is_multiple_of(CHECKPOINT_EVERY) {
-                self.begin_checkpoint(commit.location.clone());
             }
         }
         Ok(())
@@ -98,21 +103,20 @@ impl Tables {
         self.committers.get_mut(&node)
     }
 
-    /// Off the commit path. Left out while another one runs: the next multiple comes.
-    fn begin_checkpoint(&mut self, location: String) {
-        if self.checkpoint.as_ref().is_some_and(|running| !running.is_finished()) {
-            return;
-        }
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the runtime spawns; a checkpoint must not delay commits"
-        )]
-        let running = tokio::spawn(async move {
-            if let Err(error) = checkpoint(&location).await {
-                tracing::warn!(%location, %error, "no checkpoint was written; readers need longer to open the table");
-            }
-        });
-        self.checkpoint = Some(running);
+    /// Begins the upkeep of the tables in the background; it ends with the pipeline.
+    ///
+    /// # Errors
+    /// External: a location cannot be opened.
+    pub fn begin_upkeep(
+        &mut self,
+        plan: &StreamPlan,
+        manifest: &Manifest,
+        store: &Arc<StateStore>,
+        metrics: &Metrics,
+    ) -> Result<()> {
+        let known = self.committers.iter().map(|(node, committer)| (*node, committer.version())).collect();
+        self.upkeep = Upkeep::begin(plan, manifest, store, metrics, &known)?;
+        Ok(())
     }
 }
 
@@ -196,7 +200,9 @@ async fn replay(
         Some(_) if committer.is_done(commit.epoch).await? => Ok(Committed::AlreadyDone),
         Some(gone) => {
             let message = format!("sink {}: the prepared file {gone} is gone", commit.sink);
-            let hint = "A foreign VACUUM removed files of an unfinished commit; rebuilding comes with a later version.";
+            let hint = "Another VACUUM removed files of an unfinished commit (see that its retention is longer than a \
+                        pipeline stands still). Bring the file back from a copy of the store, or start the pipeline \
+                        under another --name with other locations; rebuilding the table comes with a later version.";
             Err(Error::external(message).hint(hint))
         }
     }
@@ -254,4 +260,82 @@ pub fn prepared_commits(
         });
     }
     commits
+}
+
+/// Whether a sink may go on although its fingerprint changed: nothing above it has state, its table takes other
+/// columns, and every column that was there before is computed as before.
+pub fn may_grow(plan: &StreamPlan, sink: NodeId, known: &str) -> bool {
+    let NodeKind::Sink(SinkPlan { kind: SinkKind::Delta(config), .. }) = &plan.nodes[sink].kind else {
+        return false;
+    };
+    if config.on_schema_change != OnSchemaChange::AddColumns || !stateless(plan, sink) {
+        return false;
+    }
+    if let Some(grew) = plan.columns_came_or_went(sink, known) {
+        return grew;
+    }
+    let now = plan.fingerprint_v1(sink);
+    let (before, after): (Vec<_>, Vec<_>) = (known.split(" <- ").collect(), now.split(" <- ").collect());
+    before.len() == after.len() && before.iter().zip(after).all(|(before, after)| same_step(before, after))
+}
+
+fn stateless(plan: &StreamPlan, node: NodeId) -> bool {
+    let node = &plan.nodes[node];
+    let kind = matches!(
+        node.kind,
+        NodeKind::Source(_)
+            | NodeKind::Filter { .. }
+            | NodeKind::Project { .. }
+            | NodeKind::Union
+            | NodeKind::Sink(_)
+    );
+    kind && node.inputs.iter().all(|edge| stateless(plan, edge.from))
+}
+
+/// Steps of two fingerprints; of projections only columns that both have.
+fn same_step(before: &str, after: &str) -> bool {
+    let (before, after) = (without_places(before), without_places(after));
+    match (before.split_once("] Project: "), after.split_once("] Project: ")) {
+        (Some((port, before)), Some((other, after))) => {
+            let after: BTreeMap<&str, &str> = columns(after).collect();
+            port == other
+                && columns(before).all(|(name, text)| after.get(name).is_none_or(|now| *now == text))
+        }
+        _ => before == after,
+    }
+}
+
+/// Places of columns (`amount@2`) move when others are added.
+fn without_places(step: &str) -> String {
+    let mut parts = step.split('@');
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    parts.for_each(|part| text.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit())));
+    text
+}
+
+/// (name, expression) of each column of a projection.
+fn columns(projection: &str) -> impl Iterator<Item = (&str, &str)> {
+    let (mut depth, mut quoted) = (0i32, false);
+    let parts = projection.split(move |c: char| {
+        quoted ^= c == '\'';
+        depth += i32::from(!quoted && "([{".contains(c)) - i32::from(!quoted && ")]}".contains(c));
+        c == ',' && depth == 0 && !quoted
+    });
+    parts.map(|part| (part.rsplit_once(" AS ").map_or(part, |(_, name)| name).trim(), part.trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_may_come_and_go_but_not_change() {
+        let step = "[0] Project: id, concat(a@1, ', ') AS b, t";
+        assert!(same_step(step, "[0] Project: id, amount, concat(a@2, ', ') AS b, t, x@7 + 1 AS y"));
+        assert!(same_step(step, "[0] Project: id, t"));
+        assert!(!same_step(step, "[0] Project: id, concat(a@1, '; ') AS b, t"));
+        assert!(!same_step("[0] Filter: a@1 > 3", "[0] Filter: a@1 > 4"));
+        assert!(same_step("[0] Filter: a@1 > 3", "[0] Filter: a@4 > 3"));
+        assert!(!same_step("[0] Source a: kafka topic a", "[0] Source a: kafka topic b"));
+    }
 }

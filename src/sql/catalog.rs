@@ -7,6 +7,7 @@ use crate::sql::parser::parse;
 use crate::sql::place::SourceText;
 use crate::sql::statement::{CreateSchedule, CreateSink, CreateSource, CreateTable, CreateView, Statement};
 use crate::sql::variables::Variables;
+use crate::stream::letters;
 
 #[derive(Debug, Clone, Default)]
 pub struct Catalog {
@@ -62,6 +63,10 @@ impl Catalog {
     }
 
     fn declare(&mut self, name: &str, or_replace: bool, place: &Place) -> Result<()> {
+        if name == letters::NAME {
+            let hint = "It is the relation of records that could not become rows; choose another name.";
+            return Err(Error::user(format!("the name {name} is taken")).hint(hint).at(place.clone()));
+        }
         if let Some((_, first)) = self.names.iter().find(|(known, _)| known == name) {
             if !or_replace {
                 let message = format!("{name} is declared twice, first at {}:{}", first.file, first.line);

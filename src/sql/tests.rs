@@ -461,3 +461,33 @@ fn an_unknown_window_is_named_at_its_place_in_every_statement() {
         assert_eq!(error.place().map(|p| p.column), Some(column), "{text}");
     }
 }
+
+/// Damaged texts of the shipped pipelines are understood or refused with a place that can be shown.
+#[test]
+fn no_text_makes_the_parser_panic() {
+    let texts = [
+        PIPELINE,
+        include_str!("../../sql/events.sql"),
+        include_str!("../../sql/clickstream.sql"),
+        "CREATE VIEW v AS SELECT * FROM HOP(t, event_time, INTERVAL '1 minute', '5 minutes') WHERE a = $$x$$ -- \u{e9}\n;",
+    ];
+    let mut dice = crate::stream::dice::Dice(5);
+    let (mut good, mut bad) = (0, 0);
+    for round in 0..2_500 {
+        let bytes = match round % 10 {
+            0 => (0..dice.roll(80)).map(|_| dice.roll(256) as u8).collect(),
+            _ => dice.mutate(texts[round % texts.len()].as_bytes()),
+        };
+        match load(&String::from_utf8_lossy(&bytes)) {
+            Ok(catalog) => good += usize::from(!catalog.names().is_empty()),
+            Err(error) => {
+                assert!(!error.message().is_empty());
+                assert!(!render(&error).is_empty());
+                bad += 1;
+            }
+        }
+    }
+    assert!(good > 50 && bad > 500, "{good} {bad}");
+    let deep = format!("CREATE VIEW v AS SELECT {}1{};", "(".repeat(5_000), ")".repeat(5_000));
+    assert!(load(&deep).is_err());
+}

@@ -304,6 +304,11 @@ mod tests {
             assert_eq!(error.domain(), crate::error::Domain::External, "byte {at}");
         }
         assert!(decode(Bytes::from_static(b"not a state file, but long enough for one"), 0..256).is_err());
+        let mut dice = crate::stream::dice::Dice(7);
+        for _ in 0..5_000 {
+            let copy = dice.mutate(&file);
+            assert!(copy == file || decode(copy.into(), 0..256).is_err());
+        }
     }
 
     #[test]

@@ -291,7 +291,21 @@ impl Manifest {
             ))
             .hint("Run the pipeline with the Millstream version that wrote its state, or a newer one."));
         }
-        serde_json::from_slice(json).map_err(unreadable)
+        let manifest: Self = serde_json::from_slice(json).map_err(unreadable)?;
+        // Numbers that we never write, and would not be able to count on from.
+        let most = i64::MAX as u64;
+        let data = manifest.data_epoch.unwrap_or(0);
+        let possible = manifest.epoch < most
+            && manifest.generation < most
+            && data <= manifest.epoch
+            && manifest.previous_data_epoch.is_none_or(|previous| previous < data);
+        if !possible {
+            return Err(Error::external(format!("the manifest {path} has impossible numbers of epochs"))
+                .hint(
+                    "Restore the state folder from a copy, or run `millstream reset` to begin a new state.",
+                ));
+        }
+        Ok(manifest)
     }
 
     /// # Errors
@@ -383,8 +397,14 @@ fn number(part: &str, letter: char) -> Option<u64> {
     part.strip_prefix(letter)?.parse().ok()
 }
 
-/// The folders of files that manifests refer to.
-pub const FOLDERS: [&str; 3] = ["state", "ledger", "dead-letters"];
+/// Path of a file of replayed origins; `id` is used once.
+pub fn replayed_name(id: Uuid) -> String {
+    format!("replayed/{}.parquet", id.simple())
+}
+
+/// The folders of the state beside the manifests. Files of `replayed` have no generation: no manifest names them, and
+/// none is ever garbage.
+pub const FOLDERS: [&str; 4] = ["state", "ledger", "dead-letters", "replayed"];
 
 /// Whether the writer of a manifest owns the pipeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -546,5 +566,7 @@ mod uuid_text {
     }
 }
 
+#[cfg(test)]
+mod protocol;
 #[cfg(test)]
 mod tests;

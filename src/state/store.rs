@@ -5,7 +5,14 @@
 //! <state>/state/<node>/<kind>-g<gen>-e<epoch>-s<shard>.parquet
 //! <state>/ledger/<source>/late-g<gen>-e<epoch>.parquet
 //! <state>/dead-letters/<source>/dead-g<gen>-e<epoch>.parquet
+//! <state>/replayed/<uuid>.parquet                            created if absent, by `dead-letters replay`
 //! ```
+//!
+//! Columns: a ledger segment and a file of `replayed` have `topic` VARCHAR, `partition` INT, `offset` BIGINT, none of
+//! them NULL; dead letters have those of [`letters`](crate::stream::letters). `replayed` names records that were dead
+//! letters and whose rows a replay has appended, or was about to append, to a backup: the stream never saw them. An origin
+//! may stand in several files. Who compares the stream with the backup leaves them out of the backup, as late rows; who
+//! computes an interval anew from the backup does not.
 //!
 //! Decisions are those of [`manifest`](super::manifest); this is the I/O around them. Requests that failed for a
 //! reason that may pass are repeated with growing pauses, a bounded number of times: each is safe to repeat, because
@@ -26,6 +33,7 @@ use super::manifest::{
 };
 use crate::error::{Error, Result};
 use crate::stream::clock::Clock;
+use crate::stream::crash;
 
 /// Tries of one request, and of reading the newest manifest while others prune.
 const ATTEMPTS: u32 = 6;
@@ -123,9 +131,11 @@ impl StateStore {
             previous.as_ref().map_or(Ok(()), |last| self.check_owner(last, pipeline))?;
             let claimant = Claimant { pipeline, writer: self.writer, now_ms: self.clock.unix_millis() };
             let manifest = next_claim(previous.as_ref(), floor, state_id, &claimant);
+            crash::point("claim.before");
             match self.create(&manifest).await? {
                 Created::Other => {}
                 Created::Mine => {
+                    crash::point("claim.after");
                     self.fence(&manifest.pipeline, manifest.epoch).await?;
                     return Ok(Claim { manifest, previous });
                 }
@@ -223,9 +233,13 @@ impl StateStore {
     /// Fenced: another process owns the pipeline; nothing may be committed or deleted any more. External: the store
     /// failed; whether the manifest was published is not known, so stop and let the next claim find out.
     pub async fn publish(&self, manifest: &Manifest) -> Result<()> {
+        crash::point("manifest.before");
         match self.create(manifest).await? {
             Created::Other => Err(fenced(&manifest.pipeline, manifest.epoch)),
-            Created::Mine => self.fence(&manifest.pipeline, manifest.epoch).await,
+            Created::Mine => {
+                crash::point("manifest.after");
+                self.fence(&manifest.pipeline, manifest.epoch).await
+            }
         }
     }
 
@@ -279,6 +293,27 @@ impl StateStore {
         self.retried(put).await.map(|_| ()).map_err(|error| self.failed("cannot write", path, error))
     }
 
+    /// Creates a file under a name that was never used before; beside a running owner too.
+    ///
+    /// # Errors
+    /// External: the store failed. Internal: a path outside our folders.
+    pub async fn create_file(&self, path: &str, bytes: Bytes) -> Result<()> {
+        check_path(path)?;
+        let at = self.at(path);
+        let put = || {
+            let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+            self.store.put_opts(&at, bytes.clone().into(), options)
+        };
+        match self.retried(put).await {
+            // The name is ours alone, so what exists is of a try whose answer was lost.
+            Ok(_)
+            | Err(object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }) => {
+                Ok(())
+            }
+            Err(error) => Err(self.failed("cannot write", path, error)),
+        }
+    }
+
     /// Reads a file whole.
     ///
     /// # Errors
@@ -314,6 +349,7 @@ impl StateStore {
             let locations: Vec<_> = paths.iter().map(|path| Ok(self.at(path))).collect();
             let mut answers = self.store.delete_stream(futures::stream::iter(locations).boxed());
             while let Some(answer) = answers.next().await {
+                crash::point("delete");
                 match answer {
                     Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
                     Err(error) => return Err(error),
@@ -416,5 +452,7 @@ fn check_path(path: &str) -> Result<()> {
     if inside { Ok(()) } else { Err(Error::internal(format!("{path} is no path of the state folder"))) }
 }
 
+#[cfg(test)]
+mod faults;
 #[cfg(test)]
 mod tests;

@@ -5,8 +5,10 @@
 //! filter, OVER and exchange, so ordering never depends on how the input was cut.
 
 pub mod clock;
+pub mod crash;
 #[cfg(test)]
 pub mod dice;
+pub mod letters;
 
 use std::fmt;
 use std::ops::Deref;
@@ -308,6 +310,8 @@ pub struct DeadLetter {
     pub timestamp_ms: Option<i64>,
     pub key: Option<Vec<u8>>,
     pub payload: Option<Vec<u8>>,
+    /// The record's headers as text ([`letters::headers_text`]); `None` when it has none.
+    pub headers: Option<String>,
     /// What was wrong, for people; names the field where there is one.
     pub error: String,
     /// A short stable name of the kind of fault (`not_json`, `missing_field`, `wrong_type`, `future` …),

@@ -44,7 +44,7 @@ CREATE VIEW words AS SELECT DISTINCT word FROM r;
 CREATE VIEW pairs AS SELECT DISTINCT k, ok FROM r WHERE n IS NOT NULL;
 CREATE VIEW tag_counts AS SELECT tag, count(*) AS n FROM one_tag GROUP BY tag;
 CREATE VIEW both_sums AS SELECT k, sum(n) AS n FROM both GROUP BY k;
-CREATE VIEW by_rows AS SELECT rows, count(*) AS ks, sum(sum_n) AS n, avg(sum_n) AS mean FROM totals GROUP BY rows;
+CREATE VIEW by_rows AS SELECT rows, count(*) AS ks, sum(sum_n) AS n, avg(sum_n) AS mean, sum(ok_x) AS x, avg(ok_x) FILTER (WHERE k > 1) AS mean_x, min(ok_x) AS least_x FROM totals GROUP BY rows;
 CREATE VIEW by_ks AS SELECT ks, count(*) AS n FROM by_rows GROUP BY ks;
 CREATE VIEW row_counts AS SELECT DISTINCT rows FROM totals;
 CREATE SINK totals_newest FROM totals WITH (connector = 'memory', key = 'k');

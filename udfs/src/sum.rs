@@ -8,8 +8,8 @@
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, BinaryArray, BinaryBuilder, BooleanArray, Float64Array};
-use arrow::datatypes::{DataType, Field, FieldRef, Float64Type};
-use datafusion::common::{exec_datafusion_err, internal_datafusion_err};
+use arrow::datatypes::{DataType, Field, FieldRef, Float64Type, Int64Type};
+use datafusion::common::{exec_datafusion_err, internal_datafusion_err, internal_err, not_impl_err};
 use datafusion::error::Result;
 use datafusion::functions_aggregate::average::avg_udaf;
 use datafusion::functions_aggregate::sum::sum_udaf;
@@ -17,7 +17,7 @@ use datafusion::logical_expr::function::{AccumulatorArgs, StateFieldsArgs};
 use datafusion::logical_expr::utils::{AggregateOrderSensitivity, format_state_name};
 use datafusion::logical_expr::{
     Accumulator, AggregateUDF, AggregateUDFImpl, EmitTo, GroupsAccumulator, ReversedUDAF, SetMonotonicity,
-    Signature,
+    Signature, Volatility,
 };
 use datafusion::scalar::ScalarValue;
 
@@ -28,6 +28,55 @@ use crate::exact::ExactSum;
 pub fn all() -> Vec<Arc<AggregateUDF>> {
     let exact = |plain, answer| Arc::new(AggregateUDF::new_from_impl(Exact { plain, answer }));
     vec![exact(sum_udaf(), Answer::Sum), exact(avg_udaf(), Answer::Average)]
+}
+
+/// `sum` of doubles by weights: `exact_sum(value, weight)` adds a value as often as its weight (a BIGINT) says, and takes it
+/// back where that is negative. For streams; not registered, as it is no SQL of anybody's.
+#[must_use]
+pub fn by_weights() -> Arc<AggregateUDF> {
+    Arc::new(AggregateUDF::new_from_impl(ByWeights { signature: Signature::any(2, Volatility::Immutable) }))
+}
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct ByWeights {
+    signature: Signature,
+}
+
+impl AggregateUDFImpl for ByWeights {
+    fn name(&self) -> &str {
+        "exact_sum"
+    }
+
+    fn signature(&self) -> &Signature {
+        &self.signature
+    }
+
+    fn return_type(&self, types: &[DataType]) -> Result<DataType> {
+        match types {
+            [DataType::Float64, DataType::Int64] => Ok(DataType::Float64),
+            _ => internal_err!("exact_sum() takes a double and a weight"),
+        }
+    }
+
+    fn state_fields(&self, args: StateFieldsArgs) -> Result<Vec<FieldRef>> {
+        Ok(vec![state_field(args.name)])
+    }
+
+    fn accumulator(&self, _: AccumulatorArgs) -> Result<Box<dyn Accumulator>> {
+        not_impl_err!("exact_sum() of a single group")
+    }
+
+    fn groups_accumulator_supported(&self, _: AccumulatorArgs) -> bool {
+        true
+    }
+
+    fn create_groups_accumulator(&self, _: AccumulatorArgs) -> Result<Box<dyn GroupsAccumulator>> {
+        Ok(Box::new(Groups { totals: Vec::new(), answer: Answer::Sum }))
+    }
+}
+
+fn state_field(name: &str) -> FieldRef {
+    Arc::new(Field::new(format_state_name(name, "exact sum"), DataType::Binary, true))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -65,8 +114,7 @@ impl AggregateUDFImpl for Exact {
         if args.is_distinct || !of_doubles {
             return self.plain.state_fields(args);
         }
-        let name = format_state_name(args.name, "exact sum");
-        Ok(vec![Arc::new(Field::new(name, DataType::Binary, true))])
+        Ok(vec![state_field(args.name)])
     }
 
     fn accumulator(&self, args: AccumulatorArgs) -> Result<Box<dyn Accumulator>> {
@@ -125,6 +173,7 @@ impl Total {
         self.sum.add_times(value, times);
     }
 
+    /// Equal states of equal values: nothing is left of what was taken back.
     fn merge(&mut self, other: &Self) {
         self.count += other.count;
         self.sum.merge(&other.sum);
@@ -243,7 +292,16 @@ impl GroupsAccumulator for Groups {
         total_groups: usize,
     ) -> Result<()> {
         self.totals.resize_with(total_groups, Total::default);
+        let weights = values.get(1).and_then(|column| column.as_primitive_opt::<Int64Type>());
         let values = doubles(values)?;
+        if let Some(weights) = weights {
+            for ((value, weight), group) in values.iter().zip(weights.values()).zip(groups) {
+                if let Some(value) = value.filter(|_| *weight != 0) {
+                    self.totals[*group].change(value, *weight);
+                }
+            }
+            return Ok(());
+        }
         if values.null_count() == 0 && filter.is_none() {
             for (value, group) in values.values().iter().zip(groups) {
                 self.totals[*group].change(*value, 1);

@@ -14,24 +14,25 @@ use std::time::Duration;
 
 use arrow::datatypes::SchemaRef;
 use bytes::Bytes;
-use deltalake_core::kernel::StructType;
 use deltalake_core::kernel::engine::arrow_conversion::TryIntoKernel;
-use deltalake_core::kernel::transaction::{PROTOCOL, TransactionError};
+use deltalake_core::kernel::transaction::TransactionError;
+use deltalake_core::kernel::{Metadata, MetadataExt, StructField, StructType};
 use deltalake_core::logstore::{CommitOrBytes, LogStoreRef, commit_uri_from_version};
-use deltalake_core::table::state::DeltaTableState;
 use deltalake_core::{DeltaTable, DeltaTableError};
 use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, path::Path};
 
 use super::PreparedFile;
 use super::config::{DeltaConfig, Mode};
-use super::log::{commit_entry, create_entry, read_entry, transactions};
+use super::log::{commit_entry, create_entry, metadata_entry, read_entry, transactions};
+use super::schema::{check_features, missing_columns};
 use super::store::{failed, table};
 use super::upsert;
 use crate::connectors::files::{Located, open, probe};
 use crate::connectors::patient::is_full;
 use crate::error::{Domain, Error, Result};
 use crate::stream::clock::Clock;
+use crate::stream::crash;
 
 /// Table property with the id of the state that owns the table.
 pub const STATE_PROPERTY: &str = "millstream.state";
@@ -91,6 +92,10 @@ pub struct DeltaCommitter {
     gone: bool,
     /// The state whose commits these are; another one in the table means that it was taken over.
     owner: Option<String>,
+    /// The table's metadata with the columns that it lacks.
+    grown: Option<Metadata>,
+    /// Whether it has got them.
+    evolved: bool,
     clock: Clock,
 }
 
@@ -100,6 +105,19 @@ struct Tip {
     /// Transaction version of our application.
     epoch: Option<i64>,
     state_id: Option<String>,
+}
+
+/// The metadata with the columns that are missing; `None` when none is.
+fn grown(
+    metadata: &Metadata,
+    found: &StructType,
+    missing: Vec<StructField>,
+) -> Result<Option<Metadata>, Box<dyn std::error::Error + Send + Sync>> {
+    if missing.is_empty() {
+        return Ok(None);
+    }
+    let schema = StructType::try_new(found.fields().cloned().chain(missing))?;
+    Ok(Some(metadata.clone().with_schema(&schema)?))
 }
 
 /// How one PUT ended.
@@ -125,8 +143,19 @@ impl DeltaCommitter {
         probe(&located).await?;
         let (log, app) = (table(&config.location)?.log_store(), format!("{pipeline}/{sink}"));
         let (config, clock) = (config.clone(), Clock);
-        let mut committer =
-            Self { config, schema, app, located, log, tip: None, gone: false, owner: None, clock };
+        let mut committer = Self {
+            config,
+            schema,
+            app,
+            located,
+            log,
+            tip: None,
+            gone: false,
+            owner: None,
+            grown: None,
+            evolved: false,
+            clock,
+        };
         let state = committer.load().await?;
         committer.owner.clone_from(&state.state_id);
         Ok((committer, state))
@@ -142,7 +171,16 @@ impl DeltaCommitter {
         }
         table.load().await.map_err(fail)?;
         let snapshot = table.snapshot().map_err(fail)?;
-        self.check(snapshot)?;
+        check_features(&self.config.location, snapshot)?;
+        let (found, partitions) = (snapshot.schema(), snapshot.metadata().partition_columns());
+        let missing = missing_columns(&self.config, &found, partitions, &self.kernel_schema()?)?;
+        self.grown = grown(snapshot.metadata(), &found, missing)
+            .map_err(|error| Error::internal("a Delta schema cannot be extended").because(error))?;
+        if self.grown.is_some() && self.evolved {
+            let message =
+                format!("the Delta table {} lost columns while the pipeline ran", self.config.location);
+            return Err(Error::user(message).hint("Start the pipeline again: it adds them anew."));
+        }
         let log = self.log.as_ref();
         let epoch = snapshot.transaction_version(log, &self.app).await.map_err(fail)?;
         let generation = format!("{}/generation", self.app);
@@ -157,67 +195,6 @@ impl DeltaCommitter {
             max_generation: generation.and_then(|generation| u64::try_from(generation).ok()),
             version: Some(version),
         })
-    }
-
-    /// Whether our files fit into the table.
-    fn check(&self, state: &DeltaTableState) -> Result<()> {
-        let location = &self.config.location;
-        let unsupported = |what: String| {
-            let hint = "Write to another location, or drop that feature from the table.";
-            Error::user(format!("the Delta table {location} has {what}, which a sink cannot keep")).hint(hint)
-        };
-        PROTOCOL
-            .can_write_to(state)
-            .map_err(|error| unsupported("unknown features".into()).because(error))?;
-        let kept = |(key, value): &(&String, &String)| {
-            key.starts_with("delta.constraints.") || (*key == "delta.columnMapping.mode" && *value != "none")
-        };
-        if let Some((key, _)) = state.metadata().configuration().iter().find(kept) {
-            return Err(unsupported(key.clone()));
-        }
-        let found = state.schema();
-        let rules = ["delta.generationExpression", "delta.invariants", "delta.identity.start"];
-        let ruled = found.fields().find(|f| rules.iter().any(|rule| f.metadata().contains_key(*rule)));
-        if let Some(field) = ruled {
-            return Err(unsupported(format!("a rule on column {}", field.name())));
-        }
-        self.check_columns(found.as_ref(), state.metadata().partition_columns())
-    }
-
-    fn check_columns(&self, found: &StructType, partitions: &[String]) -> Result<()> {
-        let location = &self.config.location;
-        let describe = |schema: &StructType| -> Vec<String> {
-            schema.fields().map(|field| format!("{} {}", field.name(), field.data_type())).collect()
-        };
-        let hint = "Write to another location, or change the SQL back.";
-        let (found, wanted) = (describe(found), describe(&self.kernel_schema()?));
-        if found != wanted {
-            let only = |of: &[String], other: &[String]| {
-                of.iter().filter(|c| !other.contains(c)).cloned().collect::<Vec<_>>().join(", ")
-            };
-            let (missing, extra) = (only(&wanted, &found), only(&found, &wanted));
-            let message = match missing.is_empty() && extra.is_empty() {
-                true => format!(
-                    "the Delta table {location} has its columns in another order: {}",
-                    found.join(", ")
-                ),
-                false => format!(
-                    "the Delta table {location} has other columns: the sink writes [{missing}], the table has \
-                     [{extra}] instead"
-                ),
-            };
-            return Err(Error::user(message).hint(hint));
-        }
-        let wanted = self.config.partition_names();
-        if wanted != partitions {
-            let message = format!(
-                "the Delta table {location} is partitioned by [{}], the sink says [{}]",
-                partitions.join(", "),
-                wanted.join(", ")
-            );
-            return Err(Error::user(message).hint(hint));
-        }
-        Ok(())
     }
 
     fn kernel_schema(&self) -> Result<StructType> {
@@ -236,7 +213,8 @@ impl DeltaCommitter {
     pub async fn create(&mut self, state_id: &str) -> Result<()> {
         self.owner = Some(state_id.to_owned());
         let names = self.config.partition_names();
-        let entry = create_entry(&self.kernel_schema()?, &names, state_id, self.clock.unix_millis())?;
+        let properties = self.config.properties(state_id);
+        let entry = create_entry(&self.kernel_schema()?, &names, &properties, self.clock.unix_millis())?;
         let put = match &self.tip {
             Some(_) => Err(TransactionError::VersionAlreadyExists(0)),
             None => self.put(0, entry).await,
@@ -325,7 +303,9 @@ impl DeltaCommitter {
             table.load().await.map_err(fail)?;
             let rows = upsert::staged(&self.located, &self.config.location, files).await?;
             let transactions = transactions(&self.app, number, progress);
+            crash::point("upsert.before");
             let version = upsert::merge(table, &self.config, rows, transactions).await?;
+            crash::point("upsert.after");
             if let Some(tip) = &mut self.tip {
                 (tip.version, tip.epoch) = (version, Some(number));
             }
@@ -350,6 +330,34 @@ impl DeltaCommitter {
         }
         let message = format!("others commit to {} all the time", self.config.location);
         Err(Error::external(format!("{message}: epoch {epoch} found no place")))
+    }
+
+    /// Gives the table the columns that it lacks (`on_schema_change = 'add_columns'`), in a commit without rows.
+    ///
+    /// # Constraints
+    /// After the replay of commits that were prepared for the table as it was, before the first new one.
+    ///
+    /// # Errors
+    /// Fenced: the table belongs to another state now. User: it changed so that our rows do not fit. External: the
+    /// store failed.
+    pub async fn evolve(&mut self) -> Result<()> {
+        for _ in 0..MAX_OVERTAKEN {
+            self.done(0)?;
+            let Some(metadata) = &self.grown else {
+                self.evolved = true;
+                return Ok(());
+            };
+            let entry = metadata_entry(metadata, self.clock.unix_millis())?;
+            self.at_end().await?;
+            if let Put::Done(version) = self.append(&entry).await? {
+                if let Some(tip) = &mut self.tip {
+                    tip.version = version;
+                }
+                self.grown = None;
+            }
+        }
+        let message = format!("others commit to {} all the time", self.config.location);
+        Err(Error::external(format!("{message}: new columns found no place")))
     }
 
     /// Makes sure that the entry that we know as the last still exists: a table that was removed, or whose log was

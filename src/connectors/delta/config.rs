@@ -3,14 +3,18 @@
 //! The table has the columns of the rows, then those that `partition_by` makes of them (`day(t)` → DATE `t_day`).
 //! Every column is nullable in the table: a NOT NULL of today's SQL must not forbid tomorrow's rows.
 
+use std::collections::BTreeMap;
+use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::array::{ArrayRef, Int64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 
+use super::committer::STATE_PROPERTY;
 use crate::connectors::partition::{self, Partitioning, Transform, parse_list};
 use crate::error::{Error, Result};
-use crate::sql::options::{Options, parse_size};
+use crate::sql::options::{Options, parse_duration, parse_size};
 use crate::stream::{ChangeBatch, timestamp_type};
 
 /// Characters that a column name of a Delta table cannot have (without column mapping).
@@ -20,11 +24,43 @@ const BAD_IN_NAMES: &[char] = &[' ', ',', ';', '{', '}', '(', ')', '\n', '\t', '
 pub struct DeltaConfig {
     pub location: String,
     pub partition_by: Vec<Partitioning>,
-    /// Bytes at which a file is closed within an epoch.
+    /// Bytes at which a file is closed within an epoch, and which compaction aims at.
     pub target_file_size: usize,
     pub codec: Codec,
     pub mode: Mode,
+    pub on_schema_change: OnSchemaChange,
+    /// How often small files are merged, and how old a file must be for it; `None`: never.
+    pub compact_interval: Option<Duration>,
+    /// How long files stay that no longer belong to the table; `None`: for ever.
+    pub vacuum_retention: Option<Duration>,
 }
+
+/// What becomes of columns that the rows have and the table has not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnSchemaChange {
+    /// The start is refused.
+    Fail,
+    /// The table gets them, NULL in the rows before. A column that the rows no longer have stays, NULL from then on.
+    AddColumns,
+}
+
+/// A duration, or `off`.
+struct Every(Option<Duration>);
+
+impl FromStr for Every {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text.eq_ignore_ascii_case("off") {
+            true => Ok(Self(None)),
+            false => parse_duration(text).map(|duration| Self(Some(duration))).ok_or(()),
+        }
+    }
+}
+
+const COMPACT_INTERVAL: Duration = Duration::from_secs(10 * 60);
+/// That of Delta itself: a query that began on an older version has this long.
+const VACUUM_RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// What an epoch does to the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,7 +124,23 @@ impl DeltaConfig {
             }
             Some(_) => Mode::Changelog,
         };
-        Ok(Self { location, partition_by, target_file_size, codec, mode })
+        let on_schema_change = match options.choice("on_schema_change", &["fail", "add_columns"])? {
+            None | Some(0) => OnSchemaChange::Fail,
+            Some(_) => OnSchemaChange::AddColumns,
+        };
+        let every = "a duration such as '1 hour', or 'off'";
+        let compact_interval = options.parse::<Every>("compact_interval", every)?;
+        let vacuum_retention = options.parse::<Every>("vacuum_retention", every)?;
+        Ok(Self {
+            location,
+            partition_by,
+            target_file_size,
+            codec,
+            mode,
+            on_schema_change,
+            compact_interval: compact_interval.map_or(Some(COMPACT_INTERVAL), |every| every.0),
+            vacuum_retention: vacuum_retention.map_or(Some(VACUUM_RETENTION), |every| every.0),
+        })
     }
 
     /// Columns of the table: those of the rows in the types that Delta knows, then the partition columns that are
@@ -150,6 +202,17 @@ impl DeltaConfig {
         let mut columns = batch.rows.columns().to_vec();
         columns.extend([Arc::new(weights) as ArrayRef, Arc::new(epochs)]);
         Ok(RecordBatch::try_new(self.stored_rows(&batch.rows.schema())?, columns)?)
+    }
+
+    /// Properties of a table that the state `state_id` creates. Delta forgets removed files after 7 days unless told
+    /// otherwise; who keeps them longer wants other programs to know.
+    pub fn properties(&self, state_id: &str) -> BTreeMap<&'static str, String> {
+        let mut properties = BTreeMap::from([(STATE_PROPERTY, state_id.to_owned())]);
+        if let Some(kept) = self.vacuum_retention.filter(|kept| *kept > VACUUM_RETENTION) {
+            let seconds = format!("interval {} seconds", kept.as_secs());
+            properties.insert("delta.deletedFileRetentionDuration", seconds);
+        }
+        properties
     }
 
     /// Columns that `partition_by` adds to those of the rows: `SELECT *` leaves them out.

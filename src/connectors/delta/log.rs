@@ -11,13 +11,15 @@
 //! | `/watermark/<topic>/<partition>`, `/watermark` | µs, of a partition and of the source |
 //! | `/complete_until` | µs |
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use super::PreparedFile;
-use super::committer::{CommitProgress, STATE_PROPERTY};
+use super::committer::CommitProgress;
 use crate::error::{Error, Result};
 
 const ENGINE: &str = concat!("millstream/", env!("CARGO_PKG_VERSION"));
@@ -29,7 +31,7 @@ const ENGINE: &str = concat!("millstream/", env!("CARGO_PKG_VERSION"));
 pub fn create_entry(
     schema: &impl serde::Serialize,
     partition_columns: &[String],
-    state_id: &str,
+    properties: &BTreeMap<&str, String>,
     now_ms: i64,
 ) -> Result<Bytes> {
     let schema = serde_json::to_string(schema)
@@ -47,7 +49,7 @@ pub fn create_entry(
         "format": { "provider": "parquet", "options": {} },
         "schemaString": schema,
         "partitionColumns": partition_columns,
-        "configuration": { STATE_PROPERTY: state_id },
+        "configuration": properties,
         "createdTime": now_ms,
     });
     Ok(lines([
@@ -86,6 +88,27 @@ pub fn commit_entry(
     lines(std::iter::once(json!({ "commitInfo": info })).chain(transactions).chain(adds))
 }
 
+/// An entry that changes nothing but what the table is: its schema.
+///
+/// # Errors
+/// Internal: metadata that cannot be written as JSON.
+pub fn metadata_entry(metadata: &impl serde::Serialize, now_ms: i64) -> Result<Bytes> {
+    let mut metadata = serde_json::to_value(metadata)
+        .map_err(|error| Error::internal("the metadata of a Delta table cannot be written").because(error))?;
+    if let Some(fields) = metadata.as_object_mut() {
+        fields.retain(|_, value| !value.is_null());
+    }
+    let info = json!({
+        "timestamp": now_ms,
+        "operation": "ADD COLUMNS",
+        "operationParameters": {},
+        "isBlindAppend": false,
+        "engineInfo": ENGINE,
+        "txnId": uuid::Uuid::new_v4().to_string(),
+    });
+    Ok(lines([json!({ "commitInfo": info }), json!({ "metaData": metadata })]))
+}
+
 /// What a commit says about progress, as (application, version).
 pub fn transactions(app: &str, epoch: i64, progress: &CommitProgress) -> Vec<(String, i64)> {
     let mut all = vec![(app.to_owned(), epoch)];
@@ -98,6 +121,72 @@ pub fn transactions(app: &str, epoch: i64, progress: &CommitProgress) -> Vec<(St
     all.extend(progress.source_watermark.map(|at| (format!("{app}/watermark"), at)));
     all.extend(progress.complete_until.map(|at| (format!("{app}/complete_until"), at)));
     all
+}
+
+/// The entry of a compaction: it changes no row, and says which generation made it.
+pub fn compaction_entry(
+    app: &str,
+    generation: u64,
+    removes: Vec<Value>,
+    adds: Vec<Value>,
+    read_version: u64,
+    now_ms: i64,
+) -> Bytes {
+    let info = json!({
+        "timestamp": now_ms,
+        "operation": "OPTIMIZE",
+        "operationParameters": { "predicate": "[]" },
+        "operationMetrics": {
+            "numRemovedFiles": removes.len().to_string(),
+            "numAddedFiles": adds.len().to_string(),
+        },
+        "readVersion": read_version,
+        "isBlindAppend": false,
+        "engineInfo": ENGINE,
+        "txnId": uuid::Uuid::new_v4().to_string(),
+    });
+    let fence = json!({ "appId": format!("{app}/generation"), "version": generation, "lastUpdated": now_ms });
+    let removes = removes.into_iter().map(|remove| json!({ "remove": remove }));
+    let adds = adds.into_iter().map(|add| json!({ "add": add }));
+    lines([json!({ "commitInfo": info }), json!({ "txn": fence })].into_iter().chain(removes).chain(adds))
+}
+
+/// What an entry does to a compaction that read an older version.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Bearing {
+    None,
+    /// It touched a file that the compaction read, or changed what the table is.
+    Conflict,
+    /// A process of a newer generation wrote it.
+    Fenced,
+}
+
+/// `inputs`: names of files, without folders.
+///
+/// # Errors
+/// External: an entry that is no Delta log entry.
+pub fn bearing(entry: &[u8], app: &str, generation: u64, inputs: &BTreeSet<&str>) -> Result<Bearing> {
+    let fence = format!("{app}/generation");
+    let mut bearing = Bearing::None;
+    for line in entry_lines(entry) {
+        let line = line?;
+        if line.txn.is_some_and(|txn| {
+            txn.app_id == fence && u64::try_from(txn.version).is_ok_and(|v| v > generation)
+        }) {
+            return Ok(Bearing::Fenced);
+        }
+        let touched = line.remove.or(line.add).is_some_and(|file| inputs.contains(file_name(&file.path)));
+        if touched || line.metadata.is_some() || line.protocol.is_some() {
+            bearing = Bearing::Conflict;
+        }
+    }
+    Ok(bearing)
+}
+
+/// The last part of a path. Names of data files hold a random id and no character that the log encodes, so they stand
+/// for the file however its folders are written.
+pub fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
 }
 
 fn lines(actions: impl IntoIterator<Item = Value>) -> Bytes {
@@ -124,6 +213,20 @@ struct Line {
     #[serde(rename = "metaData")]
     metadata: Option<IgnoredAny>,
     protocol: Option<IgnoredAny>,
+    add: Option<File>,
+    remove: Option<File>,
+}
+
+#[derive(Deserialize)]
+struct File {
+    path: String,
+}
+
+fn entry_lines(entry: &[u8]) -> impl Iterator<Item = Result<Line>> {
+    let lines = serde_json::Deserializer::from_slice(entry).into_iter::<Line>();
+    lines.map(|line| {
+        line.map_err(|error| Error::external("an entry of the Delta log cannot be read").because(error))
+    })
 }
 
 #[derive(Deserialize)]
@@ -137,9 +240,8 @@ struct Txn {
 /// External: an entry that is no Delta log entry.
 pub fn read_entry(entry: &[u8], app: &str) -> Result<Seen> {
     let mut seen = Seen::default();
-    for line in serde_json::Deserializer::from_slice(entry).into_iter::<Line>() {
-        let line =
-            line.map_err(|error| Error::external("an entry of the Delta log cannot be read").because(error))?;
+    for line in entry_lines(entry) {
+        let line = line?;
         seen.changed |= line.metadata.is_some() || line.protocol.is_some();
         if let Some(txn) = line.txn.filter(|txn| txn.app_id == app) {
             seen.epoch = Some(txn.version);
@@ -166,7 +268,7 @@ mod tests {
         assert_eq!(read_entry(&entry, "p/s/watermark").unwrap().epoch, Some(5));
         assert_eq!(read_entry(&entry, "p/s/generation").unwrap().epoch, Some(2));
         assert_eq!(read_entry(&entry, "p").unwrap(), Seen::default());
-        let created = create_entry(&json!({}), &["d".to_owned()], "id", 1).unwrap();
+        let created = create_entry(&json!({}), &["d".to_owned()], &BTreeMap::new(), 1).unwrap();
         assert_eq!(read_entry(&created, "p/s").unwrap(), Seen { epoch: None, changed: true });
         assert!(read_entry(b"{\"txn\":", "p/s").is_err());
     }

@@ -4,13 +4,18 @@
 //! actions go into the manifest. After the manifest is published one [`DeltaCommitter`] per sink commits them with an
 //! application transaction (app = pipeline/sink, version = epoch); replaying a commit that landed does nothing.
 
+pub mod append;
 pub mod committer;
+mod compact;
 pub mod config;
 mod log;
+mod schema;
 pub mod stats;
 pub mod store;
 pub mod table;
+pub mod upkeep;
 pub mod upsert;
+mod vacuum;
 pub mod writer;
 
 #[cfg(test)]
@@ -20,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 pub use committer::{CommitProgress, Committed, DeltaCommitter, TableState};
 pub use config::{DeltaConfig, Mode};
+pub use upkeep::{Compacted, Upkeep};
 pub use writer::DeltaWriter;
 
 /// A file that is uploaded and not yet part of the table.

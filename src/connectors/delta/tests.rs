@@ -1,7 +1,10 @@
 //! Written by our writer and committer, read back by other means: DataFusion, delta-rs, the Python package.
 
 mod commits;
+mod evolving;
+mod lost;
 mod readers;
+mod upkeep;
 mod upserts;
 mod writing;
 

@@ -15,8 +15,8 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray};
 use arrow::compute::concat_batches;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
-use datafusion::common::{Column, TableReference};
-use datafusion::logical_expr::{Expr, not};
+use datafusion::common::{Column, ScalarValue, TableReference};
+use datafusion::logical_expr::{Expr, lit, not};
 use datafusion::prelude::SessionContext;
 use deltalake_core::DeltaTable;
 use deltalake_core::kernel::Transaction;
@@ -185,6 +185,10 @@ pub async fn merge(
     let names: Vec<String> = first.schema().fields().iter().map(|field| field.name().clone()).collect();
     let columns: Vec<String> = names.into_iter().filter(|name| name != DELETED).collect();
     let same = same_key(config, &first.schema())?;
+    // Columns that the SQL no longer has: a row that is replaced loses what it had there.
+    let schema = table.snapshot().map_err(fail)?.schema();
+    let gone: Vec<String> =
+        schema.fields().map(|field| field.name().clone()).filter(|name| !columns.contains(name)).collect();
     let source = SessionContext::new().read_batches(rows)?;
     let transactions =
         transactions.into_iter().map(|(app, version)| Transaction::new(app, version)).collect();
@@ -199,6 +203,9 @@ pub async fn merge(
         .and_then(|merge| {
             merge.when_matched_update(|update| {
                 let update = update.predicate(not(of("source", DELETED)));
+                let update = gone.iter().fold(update, |update, name| {
+                    update.update(Column::from_name(name), lit(ScalarValue::Null))
+                });
                 columns
                     .iter()
                     .fold(update, |update, name| update.update(Column::from_name(name), of("source", name)))

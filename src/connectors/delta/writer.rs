@@ -29,6 +29,7 @@ use crate::connectors::files::{Located, open};
 use crate::connectors::partition::{Part, Parts, Splitter, folders, uri};
 use crate::error::{Error, Result};
 use crate::stream::clock::Clock;
+use crate::stream::crash;
 
 /// Files open at the same time; one more closes the largest.
 const MAX_OPEN: usize = 128;
@@ -273,20 +274,18 @@ impl Uploads {
         let ClosedFile { values, bytes, rows, stats, number } = file;
         let folders = folders(&self.names, &values);
         let (id, tag) = (uuid::Uuid::new_v4(), &self.tag);
-        let ending = match self.codec {
-            Codec::Snappy => "snappy.parquet",
-            Codec::Zstd => "zstd.parquet",
-            Codec::None => "parquet",
-        };
+        let ending = ending(self.codec);
         let path = format!("{folders}part-{epoch:010}-{tag}-{number}-{id}.{ending}");
         let target =
             Path::parse(&path).map_err(|e| Error::internal(format!("{path} is no path")).because(e))?;
         let size = bytes.len() as u64;
+        crash::point("delta.file.before");
         self.located.store.put(&target, PutPayload::from_bytes(bytes)).await.map_err(|error| {
             Error::external(format!("a file of {} cannot be written", self.location))
                 .because(error)
                 .hint("Check that the store has room and that the credentials may write there.")
         })?;
+        crash::point("delta.file.after");
         let named = self.names.iter().zip(&values);
         let partition: Map<String, Value> = named
             .map(|(name, value)| (name.clone(), value.clone().map_or(Value::Null, Value::from)))
@@ -303,7 +302,16 @@ impl Uploads {
     }
 }
 
-fn properties(codec: Codec, schema: &Schema) -> Result<WriterProperties> {
+/// How the name of a file ends.
+pub(super) fn ending(codec: Codec) -> &'static str {
+    match codec {
+        Codec::Snappy => "snappy.parquet",
+        Codec::Zstd => "zstd.parquet",
+        Codec::None => "parquet",
+    }
+}
+
+pub(super) fn properties(codec: Codec, schema: &Schema) -> Result<WriterProperties> {
     let codec = match codec {
         Codec::Snappy => Compression::SNAPPY,
         Codec::Zstd => Compression::ZSTD(ZstdLevel::try_new(1)?),

@@ -415,3 +415,56 @@ fn random_bytes_never_panic() {
     }
     assert!(decoder.len() > 100);
 }
+
+/// Whatever arrives is a row or an error that can be shown, never a panic, and leaves the decoder in order.
+#[test]
+fn no_bytes_make_the_decoder_panic() {
+    let specifics = ArrowFields::from(vec![
+        Field::new("language_id", DataType::Utf8, true),
+        Field::new("duration_ms", DataType::Int64, true),
+        Field::new("tags", DataType::List(Arc::new(Field::new("item", DataType::Utf8, true))), true),
+    ]);
+    let schema = schema(vec![
+        Field::new("id", DataType::Int64, false),
+        Field::new("small", DataType::Int8, true),
+        Field::new("amount", DataType::Float64, true),
+        Field::new("price", DataType::Decimal128(12, 2), true),
+        Field::new("name", DataType::Utf8, true),
+        Field::new("flag", DataType::Boolean, true),
+        Field::new("day", DataType::Date32, true),
+        Field::new("time", timestamp_type(), true),
+        Field::new("specifics", DataType::Struct(specifics), true),
+    ]);
+    let valid = [
+        r#"{"id": 1, "small": -7, "amount": 1.5e3, "price": 12.25, "name": "a\u00e9\ud83d\ude00\n", "flag": true, "day": "2026-01-31",
+            "time": "2026-01-31T23:59:59.999999Z", "specifics": {"language_id": "de", "duration_ms": 12, "tags": ["x", null, "y"]}}"#,
+        r#"{"specifics": {"tags": [], "unknown": [[{"a": {}}], 1e5]}, "id": "42", "amount": "-0.0", "time": 1767225600000, "name": null}"#,
+        r#"{"id":9223372036854775807,"price":"9999999999.99","small":127}"#,
+    ];
+    let mut decoder = JsonDecoder::new(schema).unwrap();
+    let mut dice = crate::stream::dice::Dice(11);
+    let (mut rows, mut errors) = (0, 0);
+    for round in 0..30_000 {
+        let bytes = match round % 8 {
+            0 => (0..dice.roll(60)).map(|_| dice.roll(256) as u8).collect(),
+            _ => dice.mutate(valid[round % valid.len()].as_bytes()),
+        };
+        match decoder.push(&bytes) {
+            Ok(()) => rows += 1,
+            Err(error) => {
+                assert!(!error.message.is_empty() && !error.kind.is_empty());
+                errors += 1;
+            }
+        }
+        if decoder.len() == 500 {
+            assert_eq!(decoder.finish().unwrap().num_rows(), 500);
+        }
+    }
+    let left = decoder.len();
+    assert_eq!(decoder.finish().unwrap().num_rows(), left);
+    assert!(rows > 500 && errors > 10_000, "{rows} {errors}");
+    // Depth is bounded, whatever is skipped.
+    for open in ["[", "{\"a\":"] {
+        assert!(decoder.push(format!("{{\"unknown\": {}", open.repeat(200_000)).as_bytes()).is_err());
+    }
+}

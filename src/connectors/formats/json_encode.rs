@@ -1,17 +1,20 @@
 //! Rows → one JSON object per row, in the order of the columns.
 //!
 //! NULL is written as `null`, so that every record has every field. Timestamps are RFC 3339 in UTC with `Z`,
-//! integers are numbers, decimals too; NaN and infinities have no JSON number and are written as `null`.
+//! integers are numbers, decimals too; NaN and infinities have no JSON number and are written as `null`. A BYTEA is its
+//! text if it is UTF-8 and does not begin with `\x`, else `\x` and hexadecimal digits ([`text_of`]); inside of lists and
+//! objects it is hexadecimal digits.
 //! A batch of changes carries its weights in a last field `_weight`.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Int64Array, RecordBatch};
+use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch, StringBuilder};
 use arrow::datatypes::{DataType, Field, Schema};
 use arrow::json::writer::{LineDelimited, WriterBuilder};
 
 use crate::error::Result;
+use crate::stream::letters::text_of;
 
 /// Encodes batch after batch into one buffer.
 #[derive(Default)]
@@ -33,6 +36,7 @@ impl JsonEncoder {
     pub fn encode(&mut self, rows: &RecordBatch, weights: Option<&Int64Array>) -> Result<EncodedRows<'_>> {
         self.buffer.clear();
         self.rows.clear();
+        let rows = &with_texts(rows)?;
         let weighted = weights.map(|weights| with_weights(rows, weights)).transpose()?;
         let mut writer =
             WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(&mut self.buffer);
@@ -70,6 +74,30 @@ impl<'a> EncodedRows<'a> {
     }
 }
 
+/// The same rows with text in the place of bytes.
+pub(crate) fn with_texts(rows: &RecordBatch) -> Result<RecordBatch> {
+    let schema = rows.schema();
+    let bytes = |field: &Arc<Field>| *field.data_type() == DataType::Binary;
+    if !schema.fields().iter().any(bytes) {
+        return Ok(rows.clone());
+    }
+    let field = |field: &Arc<Field>| match bytes(field) {
+        true => Arc::new(Field::new(field.name(), DataType::Utf8, field.is_nullable())),
+        false => Arc::clone(field),
+    };
+    let fields: Vec<Arc<Field>> = schema.fields().iter().map(field).collect();
+    let column = |column: &ArrayRef| match column.as_binary_opt::<i32>() {
+        Some(bytes) => {
+            let mut texts = StringBuilder::with_capacity(bytes.len(), bytes.value_data().len());
+            bytes.iter().for_each(|bytes| texts.append_option(bytes.map(text_of)));
+            Arc::new(texts.finish()) as ArrayRef
+        }
+        None => Arc::clone(column),
+    };
+    let columns = rows.columns().iter().map(column).collect();
+    Ok(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?)
+}
+
 /// The same rows with their weights as a last column `_weight`.
 pub(crate) fn with_weights(rows: &RecordBatch, weights: &Int64Array) -> Result<RecordBatch> {
     let schema = rows.schema();
@@ -84,6 +112,17 @@ mod tests {
     use super::super::json_decode::JsonDecoder;
     use super::*;
     use crate::stream::timestamp_type;
+
+    #[test]
+    fn bytes_are_text_where_they_can_be() {
+        let values: [Option<&[u8]>; 4] = [Some(b"{\"a\":1}\n"), Some(&[0xFF, 0]), None, Some(b"")];
+        let bytes: ArrayRef = Arc::new(values.into_iter().collect::<arrow::array::BinaryArray>());
+        let rows = RecordBatch::try_from_iter_with_nullable([("b", bytes, true)]).unwrap();
+        let mut encoder = JsonEncoder::default();
+        let text = String::from_utf8(encoder.encode(&rows, None).unwrap().lines().to_vec()).unwrap();
+        let wanted = [r#"{"b":"{\"a\":1}\n"}"#, r#"{"b":"\\xff00"}"#, r#"{"b":null}"#, r#"{"b":""}"#];
+        assert_eq!(text.lines().collect::<Vec<_>>(), wanted);
+    }
 
     #[test]
     fn rows_are_objects_that_can_be_read_back() {

@@ -121,6 +121,7 @@ impl Records {
                 timestamp_ms: record.timestamp,
                 key: record.key.map(<[u8]>::to_vec),
                 payload: Some(record.payload.to_vec()),
+                headers: None,
                 error: fault.message,
                 kind: fault.kind,
             }),

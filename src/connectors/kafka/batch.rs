@@ -5,14 +5,15 @@
 //! on the consumer's queue, which [`BatchConsumer::serve`] empties through the safe wrapper. Mixing the two would
 //! abort the process: the batch poll cannot handle commit replies.
 //!
-//! Per record this costs one pointer: no `Arc`, no clock, no copy. Payloads are borrowed from librdkafka until the
-//! [`Messages`] are dropped.
+//! Per record this costs one pointer: no `Arc`, no clock, no copy. Payloads are borrowed from librdkafka until the next
+//! poll, so that the headers of a record that turns out to be bad can still be read, and those of no other.
 #![allow(
     unsafe_code,
     reason = "librdkafka's batch poll has no safe wrapper; each block says why it is sound"
 )]
 
-use std::ffi::{CString, c_int, c_void};
+use std::borrow::Cow;
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::ptr::NonNull;
 use std::time::Duration;
 
@@ -39,15 +40,14 @@ impl Drop for Queue {
 
 /// A consumer of assigned partitions that is polled in bulk.
 pub(super) struct BatchConsumer {
-    // Fields are dropped in this order: librdkafka wants its queues back before its client.
+    // Fields are dropped in this order: librdkafka wants its messages and queues back before its client.
+    last: Held,
     queue: Queue,
-    /// Filled by librdkafka; empty between calls.
-    buffer: Vec<*mut RDKafkaMessage>,
     consumer: BaseConsumer<Context>,
     topic: CString,
 }
 
-// SAFETY: librdkafka's clients and queues may be used from any thread, and the buffer holds no message between calls.
+// SAFETY: librdkafka's clients, queues and messages may be used from any thread, one at a time.
 unsafe impl Send for BatchConsumer {}
 
 /// One thing that a poll found, in the order of its partition.
@@ -72,12 +72,33 @@ pub(super) struct Record<'a> {
     pub timestamp: Option<i64>,
     pub key: Option<&'a [u8]>,
     pub payload: Option<&'a [u8]>,
+    pub headers: Headers<'a>,
 }
 
-/// The messages of one poll; dropping them gives their memory back.
-pub(super) struct Messages<'a> {
-    buffer: &'a mut Vec<*mut RDKafkaMessage>,
+/// The headers of a record, not looked at yet.
+#[derive(Clone, Copy)]
+pub(super) struct Headers<'a>(&'a RDKafkaMessage);
+
+/// The messages of the last poll, given back before the next one.
+struct Held(Vec<*mut RDKafkaMessage>);
+
+impl Held {
+    fn give_back(&mut self) {
+        for message in self.0.drain(..) {
+            // SAFETY: each message is ours and is destroyed once; what borrows from it borrows `self` too.
+            unsafe { rd::rd_kafka_message_destroy(message) }
+        }
+    }
 }
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+/// The messages of one poll.
+pub(super) struct Messages<'a>(&'a [*mut RDKafkaMessage]);
 
 impl BatchConsumer {
     /// Connects lazily; nothing is assigned yet.
@@ -86,7 +107,7 @@ impl BatchConsumer {
         // SAFETY: the client is alive; a null result is handled.
         let queue = unsafe { rd::rd_kafka_queue_new(consumer.client().native_ptr()) };
         let queue = Queue(NonNull::new(queue).ok_or(KafkaError::Canceled)?);
-        Ok(Self { queue, buffer: Vec::new(), consumer, topic: CString::new(topic)? })
+        Ok(Self { last: Held(Vec::new()), queue, consumer, topic: CString::new(topic)? })
     }
 
     pub fn client(&self) -> &Client<Context> {
@@ -138,18 +159,23 @@ impl BatchConsumer {
 
     /// Waits at most `wait` for a first message, gathers for at most `gather` more, returns at most `limit`.
     pub fn receive(&mut self, limit: usize, wait: Duration, gather: Duration) -> Messages<'_> {
-        self.buffer.clear();
-        self.buffer.reserve(limit);
+        self.last.give_back();
+        self.last.0.reserve(limit);
         self.fill(1, wait);
-        if self.buffer.len() == 1 && limit > 1 {
+        if self.last.0.len() == 1 && limit > 1 {
             self.fill(limit - 1, gather);
         }
-        Messages { buffer: &mut self.buffer }
+        self.last()
+    }
+
+    /// The messages of the last poll again.
+    pub fn last(&self) -> Messages<'_> {
+        Messages(&self.last.0)
     }
 
     fn fill(&mut self, more: usize, timeout: Duration) {
-        let filled = self.buffer.len();
-        let spare = &mut self.buffer.spare_capacity_mut()[..more];
+        let filled = self.last.0.len();
+        let spare = &mut self.last.0.spare_capacity_mut()[..more];
         // SAFETY: `spare` is `more` writable pointers long, of which librdkafka writes the first `count`; `queue`
         // lives as long as `self`.
         let count = unsafe {
@@ -163,7 +189,7 @@ impl BatchConsumer {
         // Negative only for an invalid queue, which ours is not.
         let count = usize::try_from(count).unwrap_or(0).min(more);
         // SAFETY: exactly `count` elements behind `filled` were written, within the capacity.
-        unsafe { self.buffer.set_len(filled + count) }
+        unsafe { self.last.0.set_len(filled + count) }
     }
 
     /// Handles what librdkafka has to say beside records. The context's callbacks run in here.
@@ -203,22 +229,42 @@ impl BatchConsumer {
     }
 }
 
-impl Messages<'_> {
+impl<'a> Messages<'a> {
     pub fn len(&self) -> usize {
-        self.buffer.len()
+        self.0.len()
     }
 
-    pub fn events(&self) -> impl Iterator<Item = Event<'_>> {
-        // SAFETY: librdkafka gave these messages to us; they live until `self` is dropped, and nobody writes them.
-        self.buffer.iter().map(|message| event(unsafe { &**message }))
+    pub fn events(&self) -> impl Iterator<Item = Event<'a>> + use<'a> {
+        // SAFETY: librdkafka gave these messages to us; they live until the next poll, which borrows the consumer
+        // mutably, and nobody writes what is read of them.
+        self.0.iter().map(|message| event(unsafe { &**message }))
     }
 }
 
-impl Drop for Messages<'_> {
-    fn drop(&mut self) {
-        for message in self.buffer.drain(..) {
-            // SAFETY: each message is ours and is destroyed once; no event borrows from it any more.
-            unsafe { rd::rd_kafka_message_destroy(message) }
+impl<'a> Headers<'a> {
+    /// Name and value of each, in their order.
+    pub fn read(self) -> Vec<(Cow<'a, str>, Option<&'a [u8]>)> {
+        let mut list = std::ptr::null_mut();
+        // SAFETY: the message lives; librdkafka parses its headers once and keeps the list with the message, beside
+        // what `RDKafkaMessage` shows. A record without headers gives an error and no list.
+        let found = unsafe { rd::rd_kafka_message_headers(self.0, &raw mut list) };
+        let mut headers = Vec::new();
+        if found != RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR || list.is_null() {
+            return headers;
+        }
+        loop {
+            let (mut name, mut value, mut size) = (std::ptr::null(), std::ptr::null(), 0);
+            let at = headers.len();
+            // SAFETY: the list lives with the message; three values are written unless the index is behind its end.
+            let found = unsafe {
+                rd::rd_kafka_header_get_all(list, at, &raw mut name, &raw mut value, &raw mut size)
+            };
+            if found != RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR || name.is_null() {
+                return headers;
+            }
+            // SAFETY: a header's name ends with a zero, its value has `size` bytes; both live with the message.
+            let header = unsafe { (CStr::from_ptr(name), bytes(self.0, value.cast_mut(), size)) };
+            headers.push((header.0.to_string_lossy(), header.1));
         }
     }
 }
@@ -232,7 +278,8 @@ fn event(message: &RDKafkaMessage) -> Event<'_> {
         RDKafkaRespErr::RD_KAFKA_RESP_ERR_NO_ERROR => {
             // SAFETY: as above.
             let key = unsafe { bytes(message, message.key, message.key_len) };
-            Event::Record(Record { partition, offset, timestamp: timestamp(message), key, payload })
+            let (timestamp, headers) = (timestamp(message), Headers(message));
+            Event::Record(Record { partition, offset, timestamp, key, payload, headers })
         }
         RDKafkaRespErr::RD_KAFKA_RESP_ERR__PARTITION_EOF => Event::End { partition, offset },
         error => Event::Error {

@@ -31,7 +31,7 @@ use super::{Access, Context, REACH_TIMEOUT, Right, base_config, blocking, create
 use crate::connectors::AppendSink;
 use crate::connectors::formats::json_encode::JsonEncoder;
 use crate::error::{Error, Result};
-use crate::stream::ChangeBatch;
+use crate::stream::{ChangeBatch, crash};
 
 /// How long one look at a full queue or at pending deliveries may hold up its thread.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -200,11 +200,15 @@ impl AppendSink for KafkaSink {
     }
 
     async fn flush(&mut self, _: u64) -> Result<()> {
+        crash::point("kafka.before");
         loop {
             let flushed = blocking(|| self.producer.flush(PATIENCE));
             check(&self.config, &self.producer)?;
             match flushed {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    crash::point("kafka.after");
+                    return Ok(());
+                }
                 Err(KafkaError::Flush(RDKafkaErrorCode::OperationTimedOut)) => tokio::task::yield_now().await,
                 Err(error) => {
                     return Err(Error::external(format!("topic {} cannot be flushed", self.config.topic))

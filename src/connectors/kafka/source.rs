@@ -3,6 +3,7 @@
 //! A poll decodes records while librdkafka still holds their memory, so a good record is copied once, into its
 //! columns. Positions are next offsets: they rise over rows, tombstones, dead letters and control records alike.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,8 @@ use crate::connectors::formats::json_decode::JsonDecoder;
 use crate::connectors::formats::records::{Intent, Raw, Records};
 use crate::connectors::{PartitionInfo, SourceBatch, SourceConnector, SourceReader};
 use crate::error::{Error, Result};
-use crate::stream::{Place, Positions};
+use crate::stream::letters::headers_text;
+use crate::stream::{DeadLetter, Place, Positions};
 
 /// After the first record of a poll, how long to wait for more: a fetch brings many at once.
 const GATHER: Duration = Duration::from_millis(1);
@@ -349,7 +351,6 @@ impl SourceReader for KafkaReader {
                 }
             }
         }
-        drop(messages);
         if troubles.is_empty() {
             self.consumer.context().is_up();
         }
@@ -405,6 +406,18 @@ impl SourceReader for KafkaReader {
             && let Err(error) = self.consumer.consumer().commit(&list, CommitMode::Async)
         {
             tracing::debug!(topic = %self.source.topic, %error, "group offsets were not committed");
+        }
+    }
+
+    fn add_headers(&self, letters: &mut [DeadLetter]) {
+        let mut bad: HashMap<(i32, i64), &mut DeadLetter> =
+            letters.iter_mut().map(|letter| ((letter.partition, letter.offset), letter)).collect();
+        for event in self.consumer.last().events() {
+            let Event::Record(record) = event else { continue };
+            let offset = record.offset + self.source.base(record.partition);
+            if let Some(letter) = bad.get_mut(&(record.partition, offset)) {
+                letter.headers = headers_text(record.headers.read().into_iter());
+            }
         }
     }
 

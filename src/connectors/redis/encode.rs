@@ -346,15 +346,16 @@ impl Encoder {
             self.deletes.len(),
             usize::from(call.expire_at_ms.is_some()),
             usize::from(nullable),
+            offsets,
         ] {
             self.number(out, number);
         }
         out.extend_from_slice(&layout.fields);
-        self.values(out, call.expire_at_ms.as_ref(), nullable);
         for (place, offset) in call.consumed.iter() {
             bulk(out, script::offset_field(place).as_bytes());
             bulk(out, script::offset_text(offset).as_bytes());
         }
+        self.values(out, call.expire_at_ms.as_ref(), nullable);
         Ok(skipped)
     }
 

@@ -7,7 +7,7 @@ use redis::Script;
 use crate::stream::Place;
 
 /// Values in `ARGV` in front of the field names.
-pub(super) const HEADER: usize = 9;
+pub(super) const HEADER: usize = 10;
 
 /// Keys of one call.
 pub(super) const KEYS_PER_CALL: usize = 1_000;
@@ -16,10 +16,11 @@ pub(super) const KEYS_PER_CALL: usize = 1_000;
 ///
 /// `KEYS`: bookkeeping hash, keys to write, keys to delete. `ARGV`: fence, flush field, flush number, number of the
 /// call before in the same flush or '', counts of fields, writes and deletes, whether rows have an expiry, whether
-/// they have a map of NULLs; field names; per row [expiry ms or ''], [NULL map or ''], values; then pairs of offset
-/// field and offset.
+/// they have a map of NULLs, count of offsets; field names; pairs of offset field and offset; per row [expiry ms or ''],
+/// [NULL map or ''], values.
 ///
-/// The flush number is set last: when a command fails half way (wrong type, out of memory), the flush counts as not
+/// The offsets are raised before the rows are written: whoever reads them after a failure or a kill half way knows that
+/// rows up to there may be shown, and shows none that is older. The flush number is set last: when a command fails half way (wrong type, out of memory), the flush counts as not
 /// written and is written again. `PEXPIREAT` in the past deletes the key. Only a sink that ever had a ttl pays for
 /// taking an old expiry away. Globals are copied to locals because Lua looks each use of a global up by name.
 pub(super) const WRITE: &str = r"
@@ -32,12 +33,17 @@ local done = call('HGET', book, ARGV[2])
 if done and done >= ARGV[3] then return {'STALE', done} end
 if ARGV[4] ~= '' and done ~= ARGV[4] then return {'GAP', done or ''} end
 local fields, writes, deletes = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local expiring, nullable = ARGV[8] == '1', ARGV[9] == '1'
+local expiring, nullable, offsets = ARGV[8] == '1', ARGV[9] == '1', tonumber(ARGV[10])
 local expires = call('HGET', book, 'expires')
 if expiring and not expires then call('HSET', book, 'expires', '1') end
 local pairs_of, set, gone = {}, {}, {}
-for f = 1, fields do pairs_of[2 * f - 1] = ARGV[9 + f] end
-local at, last = 9 + fields, 2 * fields
+for f = 1, fields do pairs_of[2 * f - 1] = ARGV[10 + f] end
+local at, last = 10 + fields, 2 * fields
+for i = at + 1, at + 2 * offsets, 2 do
+  local old = call('HGET', book, ARGV[i])
+  if not old or old < ARGV[i + 1] then call('HSET', book, ARGV[i], ARGV[i + 1]) end
+end
+at = at + 2 * offsets
 for k = 2, writes + 1 do
   local key, expiry, nulls = KEYS[k], nil, ''
   if expiring then at = at + 1 expiry = ARGV[at] end
@@ -49,9 +55,9 @@ for k = 2, writes + 1 do
     local s, g = 0, 0
     for f = 1, fields do
       if byte(nulls, f) == 49 then
-        g = g + 1 gone[g] = ARGV[9 + f]
+        g = g + 1 gone[g] = ARGV[10 + f]
       else
-        set[s + 1] = ARGV[9 + f] set[s + 2] = ARGV[at + f] s = s + 2
+        set[s + 1] = ARGV[10 + f] set[s + 2] = ARGV[at + f] s = s + 2
       end
     end
     call('HDEL', key, unpack(gone, 1, g))
@@ -65,10 +71,6 @@ for k = 2, writes + 1 do
   end
 end
 if deletes > 0 then call('DEL', unpack(KEYS, writes + 2, writes + deletes + 1)) end
-for i = at + 1, #ARGV, 2 do
-  local old = call('HGET', book, ARGV[i])
-  if not old or old < ARGV[i + 1] then call('HSET', book, ARGV[i], ARGV[i + 1]) end
-end
 call('HSET', book, ARGV[2], ARGV[3])
 return {'DONE', ''}
 ";

@@ -21,7 +21,7 @@ use super::wire::{Address, Reply, Wire, denied, passes};
 use super::{BOOK_PREFIX, RedisConfig, check_schema, tls};
 use crate::connectors::{Flushed, OnlineState, OnlineStore, OnlineWrite};
 use crate::error::{Error, Result};
-use crate::stream::Positions;
+use crate::stream::{Positions, crash};
 
 /// Connections that are kept for the next flush; more may be open while more flushes run at once.
 const MAX_IDLE: usize = 8;
@@ -283,6 +283,7 @@ impl RedisStore {
         let none = Positions::default();
         let (mut calls, mut row, mut delete) = (0, 0, 0);
         let deletes = write.deletes.as_ref().map_or(0, RecordBatch::num_rows);
+        crash::point("redis.flush.before");
         loop {
             let rows = KEYS_PER_CALL.min(write.rows.num_rows() - row);
             let gone = (KEYS_PER_CALL - rows).min(deletes - delete);
@@ -294,7 +295,8 @@ impl RedisStore {
                 rows: write.rows.slice(row, rows),
                 expire_at_ms: write.expire_at_ms.as_ref().map(|expiry| expiry.slice(row, rows)),
                 deletes: write.deletes.as_ref().filter(|_| gone > 0).map(|batch| batch.slice(delete, gone)),
-                consumed: if last { consumed } else { &none },
+                // With the first call: a kill between two leaves rows that a replay must not go behind.
+                consumed: if calls == 0 { consumed } else { &none },
             };
             lane.buffer.clear();
             lane.encoder.call(&mut lane.buffer, &self.layout, &call).map_err(Failure::Final)?;
@@ -303,11 +305,13 @@ impl RedisStore {
             if last {
                 break;
             }
+            crash::point("redis.flush.between");
         }
         let mut replies = Vec::with_capacity(calls);
         for _ in 0..calls {
             replies.push(lane.wire.reply().await?);
         }
+        crash::point("redis.flush.after");
         Ok(replies)
     }
 

@@ -84,6 +84,8 @@ fn names() {
         "state/n/rows-g1-e1-s0.txt",
         "other/n/rows-g1-e1-s0.parquet",
         "rows-g1-e1.parquet",
+        &replayed_name(Uuid::from_u128(u128::MAX / 15 * 14)),
+        &replayed_name(Uuid::from_u128(7)),
     ] {
         assert_eq!(generation_of(other), None, "{other}");
     }
@@ -391,4 +393,41 @@ fn three_writers_at_random() {
         longest = longest.max(world.committed.len());
     }
     assert!(longest > 10, "no run got anywhere: {longest}");
+}
+
+/// A damaged manifest is an error, or one that the rest of the program can go on from.
+#[test]
+fn no_bytes_make_the_reader_panic() {
+    let mut manifest = first(4).next_data(1).next_data(2);
+    let partitions =
+        vec![PartitionProgress { topic: 1, partition: 2, next_offset: 3, watermark: Some(i64::MIN) }];
+    manifest.sources.insert("t".to_owned(), SourceProgress { partitions, ..Default::default() });
+    manifest.files.push(file("state/n/rows-g1-e1-s0.parquet"));
+    manifest.garbage.push("ledger/t/late-g1-e1.parquet".to_owned());
+    let json = manifest.to_json().unwrap();
+    let mut dice = crate::stream::dice::Dice(3);
+    let mut read = 0;
+    for round in 0..20_000 {
+        let mut bytes = dice.mutate(&json);
+        if round % 3 == 0 {
+            // Other numbers in the right places.
+            let mut value: Value = serde_json::from_slice(&json).unwrap();
+            let names =
+                ["epoch", "generation", "data_epoch", "previous_data_epoch", "parallelism", "created_at_ms"];
+            let name = names[dice.roll(names.len() as u64) as usize];
+            value[name] = [0, 1, u64::MAX, u64::MAX - 1, i64::MAX as u64][dice.roll(5) as usize].into();
+            bytes = serde_json::to_vec(&value).unwrap();
+        }
+        let Ok(found) = Manifest::from_json("m", &bytes) else { continue };
+        read += 1;
+        let next = found.next_data(1);
+        let claim = next_claim(Some(&found), 1, Uuid::nil(), &claimant(2));
+        assert_eq!((next.epoch, claim.epoch), (found.epoch + 1, found.epoch + 1));
+        let listed = found.referenced().into_iter().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(orphans_of(&claim, listed), Vec::<String>::new());
+        found.sources.values().for_each(|source| drop(source.positions(0)));
+        assert!(found.oldest_kept() <= next.oldest_kept());
+        next.to_json().unwrap();
+    }
+    assert!(read > 1_000, "{read}");
 }

@@ -1,0 +1,82 @@
+//! Named places at which a test kills or stops the process (`tests/crash.rs`); nothing in a release build.
+//!
+//! `MILLSTREAM_CRASH_AT=name` ends the process at once, without any clean-up, when it passes that point; `name:3` at the
+//! third time. `MILLSTREAM_STOP_AT` stops it there (SIGSTOP), so that it goes on as a zombie when it is continued.
+
+/// Every point, in the order of an epoch. `.before` and `.after` enclose one step that the outside world can see.
+pub const POINTS: [&str; 34] = [
+    "claim.before",
+    "claim.after",
+    "table.before",
+    "table.after",
+    "replay.before",
+    "replay.after",
+    "redis.fence.before",
+    "redis.fence.after",
+    "redis.flush.before",
+    // Between two script calls of one flush.
+    "redis.flush.between",
+    "redis.flush.after",
+    // The cut is about to be sent; every report has come in.
+    "barrier.before",
+    "barrier.after",
+    "kafka.before",
+    "kafka.after",
+    "delta.file.before",
+    "delta.file.after",
+    "ndjson.file.before",
+    "ndjson.file.after",
+    "state.before",
+    "state.after",
+    "ledger.before",
+    "ledger.after",
+    "dead-letters.before",
+    "dead-letters.after",
+    "manifest.before",
+    "manifest.after",
+    "delta.commit.before",
+    "delta.commit.after",
+    // A MERGE is committed, its staged files are still there.
+    "upsert.before",
+    "upsert.after",
+    "ndjson.rename.before",
+    "ndjson.rename.after",
+    "delete",
+];
+
+/// Ends or stops the process here if a test asked for it.
+#[cfg(debug_assertions)]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a switch for tests of debug builds: an end without a last checkpoint is what they are about"
+)]
+pub fn point(name: &'static str) {
+    use std::process::{Command, abort, id};
+    use std::sync::LazyLock;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A point, how often it is still to be passed.
+    type Wanted = Option<(String, AtomicUsize)>;
+    fn wanted(variable: &str) -> Wanted {
+        let at = std::env::var(variable).ok()?;
+        let (name, count) = at.split_once(':').unwrap_or((&at, "1"));
+        Some((name.to_owned(), AtomicUsize::new(count.parse().unwrap_or(1))))
+    }
+    static CRASH: LazyLock<Wanted> = LazyLock::new(|| wanted("MILLSTREAM_CRASH_AT"));
+    static STOP: LazyLock<Wanted> = LazyLock::new(|| wanted("MILLSTREAM_STOP_AT"));
+    debug_assert!(POINTS.contains(&name), "{name} is not in the list of points");
+    let reached = |wanted: &Wanted| {
+        let here = wanted.as_ref().filter(|(at, _)| at == name);
+        here.is_some_and(|(_, left)| left.fetch_sub(1, Ordering::Relaxed) == 1)
+    };
+    if reached(&CRASH) {
+        abort();
+    }
+    if reached(&STOP) {
+        Command::new("kill").args(["-STOP", &id().to_string()]).status().ok();
+    }
+}
+
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn point(_: &'static str) {}

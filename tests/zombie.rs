@@ -1,0 +1,184 @@
+//! Processes that stop in the middle of a step, are taken over, and wake up: they write nothing any more and say why.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use futures::TryStreamExt;
+use millstream::state::manifest::generation_of;
+use millstream::stream::crash::POINTS;
+use object_store::ObjectStoreExt;
+
+use crate::crash::{Crashes, all, store};
+
+/// Everything that a reader or a successor can see.
+#[derive(Debug, PartialEq)]
+struct Seen {
+    /// Logs of the Delta tables, visible files of the NDJSON sink, manifests: by path.
+    files: BTreeMap<String, u64>,
+    /// Rows and bookkeeping in Redis.
+    redis: BTreeMap<String, BTreeMap<String, String>>,
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// What there is, and the paths of all state files.
+async fn look(crashes: &Crashes) -> (Seen, Vec<String>) {
+    let case = &crashes.case;
+    let mut files = BTreeMap::new();
+    let mut state_files = Vec::new();
+    for (name, location) in [("lake", &case.lake), ("state", &case.state)] {
+        let located = store(case, location);
+        for meta in located.list(None).try_collect::<Vec<_>>().await.unwrap() {
+            let path = meta.location.to_string();
+            if generation_of(&path).is_some() && name == "state" {
+                state_files.push(path);
+            } else if ["_delta_log/", "manifest/", ".ndjson"].iter().any(|part| path.contains(part)) {
+                let bytes = located.get(&meta.location).await.unwrap().bytes().await.unwrap();
+                files.insert(format!("{name}/{path}"), hash(&bytes));
+            }
+        }
+    }
+    let mut connection = redis::Client::open(case.services.redis.as_str()).unwrap().get_connection().unwrap();
+    let mut redis = BTreeMap::new();
+    for pattern in [format!("{}*", case.topic), format!("millstream:{{{}/*", case.topic)] {
+        let keys: Vec<String> = redis::cmd("KEYS").arg(pattern).query(&mut connection).unwrap();
+        for key in keys {
+            let row = redis::cmd("HGETALL").arg(&key).query(&mut connection).unwrap();
+            redis.insert(key, row);
+        }
+    }
+    assert!(files.len() > 20 && redis.len() > 1_000, "{} {}", files.len(), redis.len());
+    (Seen { files, redis }, state_files)
+}
+
+fn signal(process: &Child, name: &str) {
+    assert!(Command::new("kill").args([name, &process.id().to_string()]).status().unwrap().success());
+}
+
+fn is_stopped(process: &Child) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", process.id())).unwrap_or_default();
+    stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+}
+
+/// Waits until a process has stopped itself, rows arriving all the time.
+async fn stopped(crashes: &mut Crashes, process: &mut Child, at: &str) {
+    let begun = Instant::now();
+    while !is_stopped(process) {
+        let gone = process.try_wait().unwrap().is_some();
+        if gone || begun.elapsed() > Duration::from_secs(120) {
+            process.kill().ok();
+            process.wait().unwrap();
+            panic!("{at} is never passed\n{}", fs::read_to_string(crashes.case.path("stderr.log")).unwrap());
+        }
+        crashes.produce(100).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// A successor claims, cleans up and goes on to the end of the topic; then the zombie wakes up.
+async fn wakes_up(crashes: &mut Crashes, mut zombie: Child, at: &str) {
+    println!("  {at}");
+    let said = crashes.case.path("zombie.log");
+    fs::rename(crashes.case.path("stderr.log"), &said).unwrap();
+    crashes.produce(500).await;
+    let parallelism = crashes.parallelism();
+    let out = crashes.case.run(&["--until-end", "--checkpoint", "100ms", "--parallelism", &parallelism]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    // What a zombie could write: rows that its successor has not seen.
+    crashes.produce(500).await;
+    let (before, state_before) = look(crashes).await;
+    signal(&zombie, "-CONT");
+    let begun = Instant::now();
+    let status = loop {
+        if let Some(status) = zombie.try_wait().unwrap() {
+            break status;
+        }
+        if begun.elapsed() > Duration::from_secs(60) {
+            zombie.kill().unwrap();
+            zombie.wait().unwrap();
+            panic!("{at}: the zombie goes on\n{}", fs::read_to_string(&said).unwrap());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    let said = fs::read_to_string(&said).unwrap();
+    assert_eq!(status.code(), Some(3), "{at}: {status}\n{said}");
+    assert!(
+        said.contains("error:") && (said.contains("newer process") || said.contains("generation")),
+        "{at}: {said}"
+    );
+    let (after, state_after) = look(crashes).await;
+    for (path, content) in &after.files {
+        assert_eq!(before.files.get(path), Some(content), "{at}: {path} was written by a zombie\n{said}");
+    }
+    for (key, row) in &after.redis {
+        assert_eq!(before.redis.get(key), Some(row), "{at}: {key} was written by a zombie\n{said}");
+    }
+    assert_eq!(before, after, "{at}: something was removed by a zombie\n{said}");
+    let lost: Vec<_> = state_before.iter().filter(|path| !state_after.contains(path)).collect();
+    assert!(lost.is_empty(), "{at}: removed by a zombie: {lost:?}");
+    // Files that nothing refers to and the next claim removes.
+    let newest = state_before.iter().filter_map(|path| generation_of(path)).max();
+    let odd = |path: &&String| !state_before.contains(path) && generation_of(path) >= newest;
+    assert_eq!(state_after.iter().find(odd), None, "{at}: a state file under its successor's generation");
+}
+
+async fn zombies(name: &str, s3: bool, steps: &[&str], anywhere: usize) {
+    let Some(mut crashes) = Crashes::new(name, s3).await else { return };
+    let begun = Instant::now();
+    crashes.produce(3_000).await;
+    let out = crashes.case.run(&["--until-end"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    for step in steps {
+        crashes.produce(if step.contains("between") { 6_000 } else { 500 }).await;
+        let mut process = crashes.start("MILLSTREAM_STOP_AT", Some(step));
+        stopped(&mut crashes, &mut process, step).await;
+        wakes_up(&mut crashes, process, step).await;
+    }
+    // And some that are stopped from outside, under load.
+    for _ in 0..anywhere {
+        let process = crashes.start("MILLSTREAM_STOP_AT", None);
+        for _ in 0..10 + crashes.dice.roll(10) {
+            crashes.produce(300).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        signal(&process, "-STOP");
+        wakes_up(&mut crashes, process, "anywhere").await;
+    }
+    crashes.finish().await;
+    println!("{name}: {} zombies in {:.0} s", steps.len() + anywhere, begun.elapsed().as_secs_f64());
+}
+
+/// Every step after the claim; before it, a process that wakes up is no zombie but the newest claimant.
+fn all_steps() -> Option<Vec<&'static str>> {
+    let first = |step: &&str| !step.starts_with("table") && *step != "claim.before";
+    all().then(|| POINTS.into_iter().filter(first).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_zombie_writes_nothing() {
+    let some = [
+        "claim.after",
+        "redis.flush.between",
+        "ndjson.file.before:2",
+        "manifest.before:2",
+        "manifest.after:2",
+        "upsert.before",
+        "ndjson.rename.before",
+        "delete",
+    ];
+    let steps = all_steps().unwrap_or(some.to_vec());
+    zombies("zombie", false, &steps, if all() { 5 } else { 1 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_zombie_writes_nothing_on_s3() {
+    let steps =
+        all_steps().unwrap_or(vec!["delta.commit.before:3", "upsert.before:2", "ndjson.rename.after"]);
+    zombies("zombie_s3", true, &steps, if all() { 5 } else { 0 }).await;
+}
