@@ -91,7 +91,12 @@ impl Skewed {
     fn answer(&self, name: &str) -> (i64, i64, i64) {
         let (mut rows, mut numbers) = (0, [HashSet::new(), HashSet::new()]);
         for entry in fs::read_dir(self.folder.path().join(format!("out-{name}"))).unwrap() {
-            for line in fs::read_to_string(entry.unwrap().path()).unwrap().lines() {
+            let path = entry.unwrap().path();
+            // What is not published yet lies in a folder beside.
+            if path.is_dir() {
+                continue;
+            }
+            for line in fs::read_to_string(path).unwrap().lines() {
                 let number =
                     line.split("\"n\":").nth(1).unwrap().trim_end_matches('}').parse::<i64>().unwrap();
                 numbers[usize::from(line.contains("\"user_id\":1"))].insert(number);

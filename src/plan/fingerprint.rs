@@ -73,25 +73,42 @@ impl StreamPlan {
     }
 }
 
-/// Lines of columns begin with two blanks or say what a column is; a name may stand at several steps.
+/// Columns may come and go, but not be computed in another way; a name may stand at several steps. A column that is handed
+/// on as it is has its type only. Types are the table's concern.
 fn same_but_columns(was: &str, is: &str) -> bool {
-    fn columns(text: &str) -> BTreeMap<&str, Vec<&str>> {
+    fn name(line: &str) -> &str {
+        match line.strip_prefix("function ") {
+            Some(_) => line.rsplit_once(' ').map_or(line, |(function, _)| function),
+            None => line.split(' ').find(|word| !word.is_empty()).unwrap_or_default(),
+        }
+    }
+    fn computed(text: &str) -> BTreeMap<&str, Vec<&str>> {
         let mut columns: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-        for line in text.lines().filter(|line| is_column(line)) {
-            let name = match line.strip_prefix("function ") {
-                Some(_) => line.rsplit_once(' ').map_or(line, |(function, _)| function),
-                None => line.split(' ').find(|word| !word.is_empty()).unwrap_or_default(),
-            };
-            columns.entry(name).or_default().push(line);
+        for line in text.lines().filter(|line| is_column(line) && !is_type(line)) {
+            columns.entry(name(line)).or_default().push(line);
         }
         columns
+    }
+    fn listed(text: &str) -> BTreeSet<&str> {
+        text.lines().filter(|line| is_type(line)).map(name).collect()
     }
     let others = |text: &str| -> Vec<String> {
         text.lines().filter(|line| !is_column(line)).map(str::to_owned).collect()
     };
-    let (before, after) = (columns(was), columns(is));
-    let same = |(name, lines): (&&str, &Vec<&str>)| after.get(name).is_none_or(|now| now == lines);
-    others(was) == others(is) && before.iter().all(same)
+    // A column that is computed on one side only must not be there on the other.
+    let kept = |one: &str, other: &str| {
+        let (theirs, listed) = (computed(other), listed(other));
+        computed(one).iter().all(|(name, lines)| match theirs.get(name) {
+            Some(known) => known == lines,
+            None => !listed.contains(name),
+        })
+    };
+    others(was) == others(is) && kept(was, is) && kept(is, was)
+}
+
+/// `  amount Float64`
+fn is_type(line: &str) -> bool {
+    line.starts_with("  ") && line.split_whitespace().nth(1) != Some("=")
 }
 
 /// `  amount Float64`, `b = concat(a)`; not `filter a = 1`, `  watermark …` and such.
