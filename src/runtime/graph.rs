@@ -394,7 +394,8 @@ impl Graph<'_> {
             let known = self.world.positions.iter().map(|(place, _)| place).collect();
             let source = Arc::clone(&self.world.source);
             let commands = commands.iter().map(Sender::downgrade).collect();
-            self.run(Discovery { source, every, known, commands }.run());
+            #[expect(clippy::disallowed_methods, reason = "the runtime spawns; nobody waits for this one")]
+            tokio::spawn(Discovery { source, every, known, commands }.run());
         }
         Ok(commands)
     }
