@@ -274,6 +274,7 @@ async fn secrets_are_nowhere_to_be_read() {
     for words in [
         vec!["explain"],
         vec!["check"],
+        vec!["plan", "--name", &name],
         vec!["query", "-c", "SHOW SINKS"],
         vec!["query", "-c", "EXPLAIN PIPELINE"],
         vec!["query", "-c", "DESCRIBE user_features_serving"],

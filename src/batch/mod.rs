@@ -21,6 +21,7 @@ use datafusion::datasource::MemTable;
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
 
+use crate::connectors::sandbox::Sandbox;
 use crate::error::{Error, Result};
 use crate::plan::session::batch_session;
 use crate::plan::source::METADATA;
@@ -38,22 +39,24 @@ pub struct Answer {
     pub batches: Vec<RecordBatch>,
 }
 
-/// Runs the statements of `sql` one after the other; the last one's rows are the answer. With `state`, online sinks
-/// are read from that state instead of their store.
+/// What a query has around it.
+#[derive(Clone, Copy)]
+pub struct World<'a> {
+    pub variables: &'a Variables<'a>,
+    /// Online sinks are read from this state instead of their store.
+    pub state: Option<&'a str>,
+    pub sandbox: &'a Sandbox,
+}
+
+/// Runs the statements of `sql` one after the other; the last one's rows are the answer.
 ///
 /// # Errors
 /// User: SQL. External: a table cannot be read.
-pub async fn query(
-    catalog: &Catalog,
-    plan: &StreamPlan,
-    sql: &str,
-    variables: &Variables<'_>,
-    state: Option<&str>,
-) -> Result<Answer> {
+pub async fn query(catalog: &Catalog, plan: &StreamPlan, sql: &str, world: &World<'_>) -> Result<Answer> {
     let session = batch_session()?.enable_url_table();
     let text = SourceText::new("<command line>", sql);
     let mut answer = None;
-    for statement in crate::sql::parser::parse(&text, variables)? {
+    for statement in crate::sql::parser::parse(&text, world.variables)? {
         let (mut statement, place) = match statement {
             Statement::Other(statement, place) => (statement, place),
             Statement::ExplainPipeline => {
@@ -74,7 +77,7 @@ pub async fn query(
                 }
                 // The schema of a table may stand in its files only.
                 None => {
-                    register(&session, catalog, plan, &name, (variables, state)).await?;
+                    register(&session, catalog, plan, &name, world).await?;
                     let table = session.table(quoted(&name)).await?;
                     answer = Some(introspect::columns(table.schema().as_arrow(), None)?);
                     continue;
@@ -90,8 +93,12 @@ pub async fn query(
         }
         let names =
             session.state().resolve_table_references(&statement).map_err(|error| located(error, &place))?;
-        for name in names {
-            register(&session, catalog, plan, name.table(), (variables, state)).await?;
+        if !world.sandbox.is_open() {
+            only_reads(&statement).map_err(|error| error.at(place.clone()))?;
+        }
+        for name in names.iter().filter(|name| name.schema() != Some("information_schema")) {
+            let known = register(&session, catalog, plan, name.table(), world).await;
+            known.map_err(|error| error.at(place.clone()))?;
         }
         let planner = session.state();
         let logical = planner.statement_to_plan(*statement).await.map_err(|error| located(error, &place))?;
@@ -122,22 +129,22 @@ async fn register(
     catalog: &Catalog,
     plan: &StreamPlan,
     name: &str,
-    (variables, state): (&Variables<'_>, Option<&str>),
+    world: &World<'_>,
 ) -> Result<()> {
     if session.table_exist(quoted(name)).unwrap_or(false) {
         return Ok(());
     }
     if name == NAME {
-        return register_letters(session, state).await;
+        return register_letters(session, world).await;
     }
     if let Some((_, sink)) = plan.sinks().find(|(_, sink)| sink.name == name) {
-        return register_sink(session, sink, variables, state).await;
+        return register_sink(session, sink, world).await;
     }
     if let Some(table) = catalog.table(name) {
         #[cfg(feature = "redis")]
         if crate::plan::remote::is_remote(table) {
             let mut remote = crate::plan::remote::RemoteTable::new(table)?;
-            remote.config.resolve_secrets(variables.environment)?;
+            remote.config.resolve_secrets(world.variables.environment)?;
             let rows = crate::connectors::redis::scan::read_all(&remote.config, &remote.schema).await?;
             let rows = MemTable::try_new(Arc::clone(&remote.schema), vec![rows])?;
             session.register_table(quoted(name), Arc::new(rows))?;
@@ -148,18 +155,22 @@ async fn register(
     }
     // A view over dead letters finds them where the session has them.
     let mentions = || catalog.views.iter().any(|view| view.sql.contains(NAME));
-    if catalog.view(name).is_some() && state.is_some() && mentions() && !session.table_exist(NAME)? {
-        register_letters(session, state).await?;
+    if catalog.view(name).is_some() && world.state.is_some() && mentions() && !session.table_exist(NAME)? {
+        register_letters(session, world).await?;
     }
     let declared = catalog.source(name).map(|source| &source.place);
     match declared.or_else(|| catalog.view(name).map(|view| &view.place)) {
         Some(place) => history::relation(session, catalog, plan, name, place).await,
-        None => Ok(()),
+        None => {
+            // What has no name here is the path of a file.
+            crate::connectors::files::without_credentials(name)?;
+            world.sandbox.check(name, true)
+        }
     }
 }
 
-async fn register_letters(session: &SessionContext, state: Option<&str>) -> Result<()> {
-    let Some(state) = state else {
+async fn register_letters(session: &SessionContext, world: &World<'_>) -> Result<()> {
+    let Some(state) = world.state else {
         let hint = "Give it: --state ./.millstream/<name of the pipeline>.";
         return Err(Error::user("dead_letters lie in the state of a pipeline").hint(hint));
     };
@@ -169,16 +180,33 @@ async fn register_letters(session: &SessionContext, state: Option<&str>) -> Resu
     Ok(())
 }
 
-async fn register_sink(
-    session: &SessionContext,
-    sink: &SinkPlan,
-    #[cfg_attr(not(feature = "redis"), expect(unused_variables, reason = "only servers ask for secrets"))]
-    variables: &Variables<'_>,
-    state: Option<&str>,
-) -> Result<()> {
+/// Inside a sandbox a query reads: COPY, INSERT and CREATE EXTERNAL TABLE name places of their own.
+fn only_reads(statement: &DfStatement) -> Result<()> {
+    use datafusion::sql::sqlparser::ast::Statement as Sql;
+    let reads = match statement {
+        DfStatement::Explain(explain) => return only_reads(&explain.statement),
+        DfStatement::Statement(sql) => {
+            let inner = match sql.as_ref() {
+                Sql::Explain { statement, .. } => statement.as_ref(),
+                other => other,
+            };
+            matches!(
+                inner,
+                Sql::Query(_) | Sql::ShowTables { .. } | Sql::ShowColumns { .. } | Sql::ShowVariable { .. }
+            )
+        }
+        _ => false,
+    };
+    match reads {
+        true => Ok(()),
+        false => Err(Error::user("inside a sandbox a query only reads").hint("Write a SELECT.")),
+    }
+}
+
+async fn register_sink(session: &SessionContext, sink: &SinkPlan, world: &World<'_>) -> Result<()> {
     match &sink.kind {
-        SinkKind::Online { .. } if state.is_some() => {
-            let rows = newest::read(sink, state.unwrap_or_default()).await?;
+        SinkKind::Online { .. } if world.state.is_some() => {
+            let rows = newest::read(sink, world.state.unwrap_or_default()).await?;
             let table = MemTable::try_new(Arc::clone(&sink.schema), vec![rows])?;
             session.register_table(quoted(&sink.name), Arc::new(table))?;
         }
@@ -190,7 +218,7 @@ async fn register_sink(
         #[cfg(feature = "redis")]
         SinkKind::Online { store: crate::plan::OnlineKind::Redis(config), .. } => {
             let mut config = config.clone();
-            config.resolve_secrets(variables.environment)?;
+            config.resolve_secrets(world.variables.environment)?;
             let rows = crate::connectors::redis::scan::read_all(&config, &sink.schema).await?;
             let table = MemTable::try_new(Arc::clone(&sink.schema), vec![rows])?;
             session.register_table(quoted(&sink.name), Arc::new(table))?;

@@ -38,7 +38,7 @@ pub async fn run(args: DevArgs) -> Result<()> {
     let files = args.files;
     let broker = EmbeddedKafka::start(PARTITIONS)?;
     let name = format!("{}-dev", pipeline_name(&files, None, &[])?);
-    let state = format!("./.millstream/{name}");
+    let state = super::state_of(&files, None, &name)?;
     let brokers = [("KAFKA_BROKERS".to_owned(), broker.bootstrap_servers().to_owned())];
     let mut plan = crate::plan::sinks::plan(&load_with(&files, &brokers)?, &[]).await?;
     let memory = prepare(&mut plan, &broker, &state).await?;
@@ -101,6 +101,7 @@ fn options(name: &str, state: &str) -> RunOptions {
         checkpoint: Duration::from_secs(1),
         until_end: false,
         close: false,
+        memory: crate::runtime::memory::default_budget(),
         console: super::output::console,
     }
 }
@@ -160,7 +161,7 @@ async fn producer(files: &Files, brokers: &[(String, String)]) -> Result<Option<
         path.is_file().then_some((path, stem))
     };
     let Some((path, stem)) = files.files.iter().find_map(beside) else { return Ok(None) };
-    let files = Files { files: vec![path], set: files.set.clone() };
+    let files = Files { files: vec![path], set: files.set.clone(), sandbox: files.sandbox.clone() };
     let mut plan = crate::plan::sinks::plan(&load_with(&files, brokers)?, &[]).await?;
     for node in &mut plan.nodes {
         if let NodeKind::Sink(SinkPlan { kind: SinkKind::Kafka(config), .. }) = &mut node.kind {

@@ -171,6 +171,7 @@ impl View {
             sources: metrics.sources.iter().enumerate().map(source).collect(),
             letters: metrics.letters(),
             sinks: metrics.sinks.iter().enumerate().map(sink).collect(),
+            pressure: progress::pressure(&metrics),
             samples: self.samples.clone(),
         }
     }

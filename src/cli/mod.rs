@@ -8,6 +8,7 @@ mod dev;
 mod help;
 mod live;
 mod output;
+mod plan;
 mod progress;
 mod reset;
 mod screen;
@@ -25,10 +26,11 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::connectors::files;
+use crate::connectors::sandbox::Sandbox;
 use crate::error::{Domain, Error, Result};
 use crate::plan::StreamPlan;
 use crate::runtime::{Metrics, Outcome, RunOptions};
-use crate::sql::options::parse_duration;
+use crate::sql::options::{parse_duration, parse_size};
 use crate::sql::place::render;
 use crate::sql::{Catalog, Variables, catalog};
 use crate::state::store::StateStore;
@@ -50,6 +52,15 @@ struct Files {
     /// Sets a ${VARIABLE} of the SQL files, before the environment.
     #[arg(long = "set", value_name = "NAME=VALUE")]
     set: Vec<String>,
+    /// Refuses SQL and states that name files outside this folder, or s3://bucket/prefix; may be given again.
+    #[arg(long, value_name = "ROOT")]
+    sandbox: Vec<String>,
+}
+
+impl Files {
+    fn sandbox(&self) -> Result<Sandbox> {
+        Sandbox::new(&self.sandbox)
+    }
 }
 
 /// Which state is meant.
@@ -67,7 +78,7 @@ impl StateArgs {
     /// Name and location.
     fn target(&self, files: &Files) -> Result<(String, String)> {
         let name = pipeline_name(files, self.name.as_deref(), &[])?;
-        let state = self.state.clone().unwrap_or_else(|| format!("./.millstream/{name}"));
+        let state = state_of(files, self.state.clone(), &name)?;
         Ok((name, state))
     }
 }
@@ -99,6 +110,10 @@ enum Command {
     Checkpoints(checkpoints::CheckpointsArgs),
     /// Deletes the state of a pipeline, dead letters and late ledger included, so that it begins anew.
     Reset(reset::ResetArgs),
+    /// Says what the state keeps of changed SQL: views and sinks that are new, unchanged, changed or gone.
+    ///
+    /// Looks at state and tables and changes nothing. Exit code 0: run would start; 1: it would refuse.
+    Plan(plan::PlanArgs),
     /// Prints help: of a command, "connectors" (what there is), or "connector NAME" (its options).
     Help {
         #[arg(value_name = "TOPIC")]
@@ -142,6 +157,10 @@ struct RunArgs {
     /// A line every second instead of the live view, on a terminal too.
     #[arg(long)]
     plain: bool,
+    /// Budget of resident memory, such as 2GB; default: 70 % of what the machine or the container allows. Above 80 % of
+    /// it partitions ahead of the watermark wait; a state that is larger stops the pipeline after a last checkpoint.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    memory: Option<u64>,
     /// Time between checkpoints.
     #[arg(long, default_value = "10s", value_parser = duration)]
     checkpoint: Duration,
@@ -164,6 +183,11 @@ struct QueryArgs {
 fn duration(text: &str) -> std::result::Result<Duration, String> {
     let parsed = parse_duration(text).filter(|duration| *duration >= Duration::from_millis(1));
     parsed.ok_or_else(|| "expected a duration such as 500ms, 10s or '1 minute'".to_owned())
+}
+
+fn size(text: &str) -> std::result::Result<u64, String> {
+    let parsed = parse_size(text).filter(|size| *size >= 1 << 20);
+    parsed.ok_or_else(|| "expected a size of at least 1MB, such as 512MB or 2GB".to_owned())
 }
 
 /// Runs the command line; everything that went wrong is on stderr.
@@ -234,6 +258,7 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Help { topic } => help::run(&topic),
         Command::Query(args) => query(args).await,
         Command::Test(args) => return test::run(args).await,
+        Command::Plan(args) => return plan::run(args).await,
         Command::DeadLetters(command) => return dead_letters::run(command).await,
     };
     done.map(|()| ExitCode::SUCCESS)
@@ -263,10 +288,12 @@ fn load_with(files: &Files, own: &[(String, String)]) -> Result<Catalog> {
     let variables = Variables { overrides: set, environment: &environment };
     let paths = catalog::pipeline_files(&files.files)?;
     let texts = paths.iter().map(|path| catalog::read(path)).collect::<Result<Vec<_>>>()?;
-    Catalog::load(&texts, &variables)
+    let catalog = Catalog::load(&texts, &variables)?;
+    crate::plan::sandbox::check(&catalog, &files.sandbox()?)?;
+    Ok(catalog)
 }
 
-/// The folder's or file's stem; with one sink, `<name>.<sink>`.
+/// The folder's or file's stem; with sinks, `<name>.<sink>+<sink>`.
 fn pipeline_name(files: &Files, name: Option<&str>, sinks: &[String]) -> Result<String> {
     let stem =
         files.files.first().and_then(|path| path.file_stem()).map(|stem| stem.to_string_lossy().into_owned());
@@ -276,10 +303,18 @@ fn pipeline_name(files: &Files, name: Option<&str>, sinks: &[String]) -> Result<
             Error::user(format!("'{name}' is no name of a pipeline")).hint("Use letters, digits, - and _.")
         );
     }
+    // Some of the sinks are a pipeline of their own: the state of all of them has more.
     Ok(match sinks {
-        [one] => format!("{name}.{one}"),
-        _ => name,
+        [] => name,
+        some => format!("{name}.{}", some.join("+")),
     })
+}
+
+/// Where the state of a pipeline lies.
+fn state_of(files: &Files, state: Option<String>, name: &str) -> Result<String> {
+    let state = state.unwrap_or_else(|| format!("./.millstream/{name}"));
+    files.sandbox()?.check(&state, false).map_err(|error| error.context("--state"))?;
+    Ok(state)
 }
 
 async fn run(args: RunArgs) -> Result<()> {
@@ -289,12 +324,13 @@ async fn run(args: RunArgs) -> Result<()> {
     let name = pipeline_name(&args.files, args.name.as_deref(), &args.sink)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let options = RunOptions {
-        state: args.state.unwrap_or_else(|| format!("./.millstream/{name}")),
+        state: state_of(&args.files, args.state, &name)?,
         name: name.clone(),
         parallelism: args.parallelism.unwrap_or(cores).clamp(1, 256),
         checkpoint: args.checkpoint,
         until_end: args.until_end,
         close: args.close,
+        memory: args.memory.or_else(crate::runtime::memory::default_budget),
         console: output::console,
     };
     let metrics = Metrics::of(&plan);
@@ -332,6 +368,12 @@ async fn query(args: QueryArgs) -> Result<()> {
         }
     };
     let variables = Variables { overrides: overrides(&args.files.set)?, environment: &environment };
-    let answer = crate::batch::query(&catalog, &plan, &args.sql, &variables, args.state.as_deref()).await?;
+    let sandbox = args.files.sandbox()?;
+    if let Some(state) = &args.state {
+        sandbox.check(state, false).map_err(|error| error.context("--state"))?;
+    }
+    let world =
+        crate::batch::World { variables: &variables, state: args.state.as_deref(), sandbox: &sandbox };
+    let answer = crate::batch::query(&catalog, &plan, &args.sql, &world).await?;
     output::rows(&answer, args.format)
 }

@@ -57,6 +57,7 @@ pub async fn lines(metrics: Arc<Metrics>, rows: bool) -> Infallible {
                 .filter_map(|(_, sink)| sink.take_sample())
                 .for_each(|sample| newest(&sample));
         }
+        pressure(&metrics).iter().for_each(|line| eprintln!("  {line}"));
     }
 }
 
@@ -90,6 +91,26 @@ fn newest(sample: &arrow::array::RecordBatch) {
     if writer.write(&sample.slice(0, sample.num_rows().min(2))).and_then(|()| writer.finish()).is_ok() {
         String::from_utf8_lossy(&bytes).lines().for_each(|line| eprintln!("  newest {line}"));
     }
+}
+
+/// What waits, and for what: batches in front of stages, partitions as memory is short.
+pub fn pressure(metrics: &Metrics) -> Vec<String> {
+    let mut lines = Vec::new();
+    let waiting = metrics.waiting();
+    if !waiting.is_empty() {
+        let each = waiting.iter().map(|w| format!("{} {} of {}", w.node, w.messages, w.room));
+        lines.push(format!("queued: {}", each.collect::<Vec<_>>().join(", ")));
+    }
+    if metrics.short.load(Ordering::Relaxed) {
+        let mib = |bytes: u64| bytes >> 20;
+        lines.push(format!(
+            "memory: {} MiB of {} MiB; {} partitions ahead wait",
+            mib(metrics.resident.load(Ordering::Relaxed)),
+            mib(metrics.budget.load(Ordering::Relaxed)),
+            metrics.paused.load(Ordering::Relaxed)
+        ));
+    }
+    lines
 }
 
 /// Rate, lag and totals.

@@ -26,6 +26,8 @@ pub struct Snapshot {
     pub sources: Vec<Source>,
     pub letters: Letters,
     pub sinks: Vec<Sink>,
+    /// What waits, and for what.
+    pub pressure: Vec<String>,
     pub samples: Vec<Sample>,
 }
 
@@ -89,6 +91,7 @@ pub fn render(snapshot: &Snapshot, width: usize, height: usize) -> Vec<Line> {
     lines.extend(letters(&snapshot.letters));
     blank(&mut lines);
     lines.extend(sinks(snapshot, width));
+    lines.extend(snapshot.pressure.iter().map(|line| Line::new(Style::Dim, line.clone())));
     let shown: Vec<&Sample> = snapshot.samples.iter().filter(|sample| !sample.rows.is_empty()).collect();
     for (at, sample) in shown.iter().enumerate() {
         let left = height.saturating_sub(lines.len());
@@ -314,6 +317,7 @@ mod tests {
             sources: vec![source],
             letters: Letters::default(),
             sinks: vec![table, online],
+            pressure: Vec::new(),
             samples: vec![Sample {
                 sink: "user_features_serving".to_owned(),
                 columns: columns.map(|(name, right)| (name.to_owned(), right)).into(),

@@ -15,6 +15,7 @@ use object_store::path::Path;
 use object_store::prefix::PrefixStore;
 use url::Url;
 
+use super::patient::Patient;
 use crate::error::{Error, Result};
 
 /// How long a store may take to give its first answer, retries included.
@@ -34,7 +35,22 @@ enum Location {
     Bucket(Url),
 }
 
+/// Locations are printed, and stored in manifests: nothing in them may be secret.
+///
+/// # Errors
+/// User: the location has a user or password in it, which the message leaves out.
+pub fn without_credentials(location: &str) -> Result<()> {
+    let server =
+        location.split_once("://").map_or("", |(_, rest)| rest.split('/').next().unwrap_or_default());
+    match server.contains('@') {
+        true => Err(Error::user("a location cannot have credentials in it")
+            .hint("Leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a role.")),
+        false => Ok(()),
+    }
+}
+
 fn parse(location: &str) -> Result<Location> {
+    without_credentials(location)?;
     match scheme(location) {
         None => Ok(Location::Local(PathBuf::from(location))),
         Some("file") => {
@@ -139,7 +155,7 @@ fn local(path: &FilePath) -> Result<Located> {
     let url = Url::from_directory_path(&path)
         .map_err(|()| Error::user(format!("{} is no location", path.display())))?;
     let store = LocalFileSystem::new_with_prefix(&path)?;
-    Ok(Located { store: Arc::new(store), url })
+    Ok(Located { store: Arc::new(Patient(store)), url })
 }
 
 /// `None` for a path.
@@ -193,6 +209,8 @@ mod tests {
     fn bad_locations_are_refused() {
         let error = open("gs://bucket/x").unwrap_err();
         assert!(error.message().contains("gs"), "{error}");
+        let error = open("s3://AKIA:hush@bucket/x").unwrap_err();
+        assert!(error.message().contains("credentials") && !format!("{error:?}").contains("hush"), "{error}");
         assert!(open("s3://").unwrap_err().hint_text().unwrap().contains("s3://bucket"));
     }
 

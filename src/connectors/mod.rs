@@ -19,10 +19,12 @@ pub mod kafka;
 pub mod memory;
 pub mod ndjson;
 pub mod partition;
+pub mod patient;
 pub mod records;
 #[cfg(feature = "redis")]
 pub mod redis;
 pub mod reference;
+pub mod sandbox;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,6 +114,14 @@ pub trait SourceReader: Send {
     /// External: a position that is not there. Internal: the connector has no [`SourceConnector::discovery`].
     fn add(&mut self, _place: Place, _next: i64) -> Result<()> {
         Err(Error::internal("this source cannot take partitions in while it runs"))
+    }
+
+    /// Leaves exactly these places unread until the next call. A source of one partition need not: it is never ahead.
+    ///
+    /// # Errors
+    /// External: the client library refuses.
+    fn pause(&mut self, _places: &[Place]) -> Result<()> {
+        Ok(())
     }
 
     /// Tells the outside which offsets are safe (group offsets for lag tools). The truth stays in the manifest.

@@ -7,7 +7,9 @@
 //! `Display` of a plan is what `EXPLAIN` and `millstream explain` print.
 
 mod accept;
+pub mod changes;
 mod closing;
+mod fingerprint;
 mod group;
 mod join;
 mod letters;
@@ -17,6 +19,7 @@ pub mod reach;
 #[cfg(feature = "redis")]
 pub mod remote;
 mod retract;
+pub mod sandbox;
 pub mod session;
 pub mod sinks;
 pub mod source;
@@ -167,15 +170,15 @@ impl StreamPlan {
         })
     }
 
-    /// What a node means, as text: equal texts keep their state across restarts (DESIGN §6 *changed SQL*).
-    pub fn fingerprint(&self, id: NodeId) -> String {
+    /// What a node means in the first format of [`fingerprint`], for states that were written with it.
+    pub fn fingerprint_v1(&self, id: NodeId) -> String {
         let mut text = self.describe(id);
         match &self.nodes[id].inputs[..] {
             [] => {}
-            [edge] => text.push_str(&format!(" <- [{}] {}", edge.port, self.fingerprint(edge.from))),
+            [edge] => text.push_str(&format!(" <- [{}] {}", edge.port, self.fingerprint_v1(edge.from))),
             edges => {
                 for edge in edges {
-                    text.push_str(&format!(" <- ([{}] {})", edge.port, self.fingerprint(edge.from)));
+                    text.push_str(&format!(" <- ([{}] {})", edge.port, self.fingerprint_v1(edge.from)));
                 }
             }
         }

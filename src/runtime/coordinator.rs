@@ -5,22 +5,25 @@
 //! next start replays what the last manifest prepared.
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, StreamPlan};
+use crate::runtime::changes;
 use crate::runtime::compaction::Compaction;
 use crate::runtime::counts::{self, Counts};
 use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::letters;
+use crate::runtime::memory;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::report::{Command, Report, SourceEpoch, StatePart};
 use crate::runtime::staged::{self, staged_commits};
-use crate::runtime::start::{World, fingerprints, open};
+use crate::runtime::start::{World, open};
 use crate::runtime::tables::prepared_commits;
 use crate::state::manifest::{Manifest, PreparedFile, Segment, garbage_of};
 use crate::stream::clock::Clock;
@@ -42,6 +45,8 @@ pub struct RunOptions {
     pub until_end: bool,
     /// At the stop: no row follows, make everything final and mark the pipeline closed.
     pub close: bool,
+    /// Bytes of resident memory; `None`: nobody looks.
+    pub memory: Option<u64>,
     /// Where `console` sinks write: only the command line prints.
     pub console: fn() -> Box<dyn std::io::Write + Send>,
 }
@@ -78,6 +83,8 @@ struct Coordinator {
     ended: usize,
     /// The newest epoch whose manifest is published, for tasks that wait for it.
     durable: watch::Sender<u64>,
+    /// Checkpoints in a row at which memory was above the budget.
+    strikes: u32,
 }
 
 /// Runs a pipeline until `stop` says so, or until its end.
@@ -85,13 +92,13 @@ struct Coordinator {
 /// # Errors
 /// User: SQL, options or state that do not fit. External: the outside world failed. Fenced: overtaken.
 pub async fn run(
-    plan: StreamPlan,
+    mut plan: StreamPlan,
     options: RunOptions,
     metrics: Arc<Metrics>,
     stop: watch::Receiver<bool>,
 ) -> Result<Outcome> {
+    let mut world = open(&mut plan, &options.name, &options.state).await?;
     let plan = Arc::new(plan);
-    let mut world = open(&plan, &options.name, &options.state).await?;
     if world.manifest.closed {
         return Ok(Outcome::AlreadyClosed);
     }
@@ -110,8 +117,19 @@ pub async fn run(
         compaction: Compaction::default(),
         ended: 0,
         durable,
+        strikes: 0,
     };
-    coordinator.drive(stop).await
+    let (metrics, budget) = (Arc::clone(&coordinator.metrics), coordinator.options.memory);
+    let watched = async {
+        if let Some(budget) = budget {
+            memory::watch(metrics, budget).await;
+        }
+        std::future::pending::<Infallible>().await
+    };
+    tokio::select! {
+        done = coordinator.drive(stop) => done,
+        never = watched => match never {},
+    }
 }
 
 impl Coordinator {
@@ -138,12 +156,27 @@ impl Coordinator {
                 }
             }
             let closing = end && self.options.close;
-            self.epoch(end, closing).await?;
+            let full = self.is_full();
+            self.epoch(end || full, closing).await?;
+            if full && !end {
+                self.farewell().await?;
+                let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+                let (resident, budget) = (load(&self.metrics.resident), load(&self.metrics.budget));
+                return Err(memory::too_large(resident, budget, &self.last));
+            }
             if end {
                 self.farewell().await?;
                 return Ok(if closing { Outcome::Closed } else { Outcome::Stopped });
             }
         }
+    }
+
+    /// Whether memory was above the whole budget at too many checkpoints in a row.
+    fn is_full(&mut self) -> bool {
+        let Some(budget) = self.options.memory else { return false };
+        let above = self.metrics.resident.load(Ordering::Relaxed) > budget;
+        self.strikes = if above { self.strikes + 1 } else { 0 };
+        self.strikes >= memory::STRIKES
     }
 
     /// Cuts, gathers, publishes and commits one epoch.
@@ -279,7 +312,7 @@ impl Coordinator {
         next.closed = close;
         next.stopped = last;
         next.interval_ms = u64::try_from(self.options.checkpoint.as_millis()).ok();
-        next.fingerprints = fingerprints(&self.plan);
+        changes::forget(&self.plan, next);
         counts::letters(next, &dead);
         let (name, late) = self.fill_source(next, &gathered.sources);
         let mut counted = std::mem::take(&mut gathered.counts);

@@ -159,7 +159,8 @@ impl Graph<'_> {
                         inboxes[target].push(receiver);
                         sender
                     })
-                    .collect();
+                    .collect::<Vec<_>>();
+                self.metrics.watch_queue(&self.plan.nodes[reader].id, senders.iter());
                 outlets.push((reader, Outlet { senders, keys: keys.clone() }));
             }
         }

@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arrow::array::RecordBatch;
 
+use tokio::sync::mpsc::{Sender, WeakSender};
+
 use crate::plan::{NodeId, SinkPlan, SourcePlan, StreamPlan};
 use crate::runtime::freshness::Histogram;
 use crate::runtime::watermark::{Holding, SourceClock};
-use crate::stream::{DeadLetter, Micros, START_OF_TIME};
+use crate::stream::{DeadLetter, Message, Micros, START_OF_TIME};
 
 /// Rows that are kept of a write, to be shown.
 const SAMPLE_ROWS: usize = 16;
@@ -111,10 +113,56 @@ pub struct Metrics {
     pub epoch: AtomicU64,
     /// When that was, ms since the epoch; 0 before.
     pub checkpoint_ms: AtomicI64,
+    /// The budget of memory, and what the process uses; 0 where nobody looks.
+    pub budget: AtomicU64,
+    pub resident: AtomicU64,
+    /// Memory is short.
+    pub short: AtomicBool,
+    /// Partitions that wait as memory is short.
+    pub paused: AtomicU64,
     letters: Mutex<Letters>,
+    queues: Mutex<Vec<Queue>>,
+}
+
+/// The channels into a stage.
+#[derive(Debug)]
+struct Queue {
+    node: String,
+    senders: Vec<WeakSender<Message>>,
+}
+
+/// What waits in front of a stage.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waiting {
+    pub node: String,
+    /// Messages that wait, and how many can.
+    pub messages: usize,
+    pub room: usize,
 }
 
 impl Metrics {
+    /// Remembers the channels into a stage, without keeping them open.
+    pub fn watch_queue<'s>(&self, node: &str, senders: impl Iterator<Item = &'s Sender<Message>>) {
+        let senders = senders.map(Sender::downgrade).collect();
+        lock(&self.queues).push(Queue { node: node.to_owned(), senders });
+    }
+
+    /// Stages in front of which something waits.
+    pub fn waiting(&self) -> Vec<Waiting> {
+        let mut all: Vec<Waiting> = Vec::new();
+        for Queue { node, senders } in lock(&self.queues).iter() {
+            let open: Vec<Sender<Message>> = senders.iter().filter_map(WeakSender::upgrade).collect();
+            let messages = open.iter().map(|sender| sender.max_capacity() - sender.capacity()).sum();
+            let room = open.iter().map(Sender::max_capacity).sum();
+            match all.iter_mut().find(|known| known.node == *node) {
+                Some(known) => (known.messages, known.room) = (known.messages + messages, known.room + room),
+                None => all.push(Waiting { node: node.clone(), messages, room }),
+            }
+        }
+        all.retain(|waiting| waiting.messages > 0);
+        all
+    }
+
     /// Counters for what a plan has.
     pub fn of(plan: &StreamPlan) -> Arc<Self> {
         let source = |(node, source): (NodeId, &SourcePlan)| (node, Arc::new(source_metrics(source)));
@@ -211,6 +259,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
     use crate::stream::Stage;
+
+    #[tokio::test]
+    async fn what_waits_is_seen_and_nothing_is_kept_open() {
+        let metrics = Metrics::default();
+        let (sender, mut receiver) = tokio::sync::mpsc::channel(4);
+        metrics.watch_queue("v.over1", [&sender].into_iter());
+        assert!(metrics.waiting().is_empty());
+        sender.send(Message::Barrier(crate::stream::Barrier { epoch: 1, last: false })).await.unwrap();
+        let waiting = Waiting { node: "v.over1".to_owned(), messages: 1, room: 4 };
+        assert_eq!(metrics.waiting(), [waiting]);
+        drop(sender);
+        assert!(receiver.recv().await.is_some() && receiver.recv().await.is_none());
+        assert!(metrics.waiting().is_empty());
+    }
 
     #[test]
     fn dead_letters_are_counted_by_kind() {

@@ -4,6 +4,7 @@
 //! channels. The coordinator cuts the stream into epochs by barriers and publishes a manifest for each.
 
 pub mod chain;
+pub mod changes;
 mod compaction;
 pub mod coordinator;
 mod counts;
@@ -16,6 +17,7 @@ mod keyed;
 pub mod lag;
 mod letters;
 mod lookups;
+pub mod memory;
 pub mod metrics;
 mod online;
 #[cfg(feature = "redis")]

@@ -47,6 +47,10 @@ pub fn prepared_commits(
     Vec::new()
 }
 
+pub async fn is_committed(_: &PreparedCommit, _: &str) -> Result<bool> {
+    Ok(true)
+}
+
 pub fn may_grow(_: &StreamPlan, _: NodeId, _: &str) -> bool {
     false
 }

@@ -27,6 +27,9 @@ use crate::stream::{
 /// Rows of one poll at most: large enough to amortise, small enough for a few milliseconds of latency.
 const MAX_ROWS: usize = 8_192;
 
+/// How often it is decided which partitions wait while memory is short: pausing throws away what was fetched ahead.
+const WEIGH: Duration = Duration::from_millis(200);
+
 /// One shard of a source.
 pub struct SourceTask {
     pub node: NodeId,
@@ -62,6 +65,9 @@ pub struct SourceState {
     logged: Vec<&'static str>,
     /// What this shard added to the source's lag.
     lag: i64,
+    /// Partitions that wait as memory is short, and when that was decided.
+    paused: Vec<Place>,
+    weighed: Option<std::time::Instant>,
     /// When the last poll returned.
     read_at: Option<std::time::Instant>,
 }
@@ -89,6 +95,7 @@ impl SourceTask {
             if self.commands.is_closed() && self.commands.is_empty() {
                 return Ok(());
             }
+            self.weigh()?;
             match self.reader.poll(MAX_ROWS, Duration::from_millis(1))? {
                 Some(batch) => self.take(batch, &mut out)?,
                 None => self.idle(&mut out)?,
@@ -97,6 +104,30 @@ impl SourceTask {
             self.counted.lag.fetch_add(lag - std::mem::replace(&mut self.state.lag, lag), Ordering::Relaxed);
             self.tell_end()?;
         }
+    }
+
+    /// When memory is short, partitions ahead of the watermark wait; decided anew every [`WEIGH`].
+    fn weigh(&mut self) -> Result<()> {
+        let short = self.metrics.short.load(Ordering::Relaxed);
+        if !short && self.state.paused.is_empty() {
+            return Ok(());
+        }
+        let now = self.clock.instant();
+        if self.state.weighed.is_some_and(|then| now.duration_since(then) < WEIGH) {
+            return Ok(());
+        }
+        self.state.weighed = Some(now);
+        let ahead = match short {
+            true => self.watermarks.ahead(self.positions.iter().map(|(place, _)| place)),
+            false => Vec::new(),
+        };
+        if ahead != self.state.paused {
+            self.reader.pause(&ahead)?;
+            self.metrics.paused.fetch_add(ahead.len() as u64, Ordering::Relaxed);
+            self.metrics.paused.fetch_sub(self.state.paused.len() as u64, Ordering::Relaxed);
+            self.state.paused = ahead;
+        }
+        Ok(())
     }
 
     fn cut(&mut self, barrier: crate::stream::Barrier, close: bool, out: &mut Outgoing) -> Result<()> {

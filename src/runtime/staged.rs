@@ -56,6 +56,12 @@ pub async fn publish(plan: &StreamPlan, manifest: &Manifest, metrics: Option<&Me
 /// External: a location cannot be read or written.
 pub async fn take_over(plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
     publish(plan, manifest, None).await?;
+    // Also those of a sink that is gone from the SQL: nobody else would.
+    let gone = |commit: &&PreparedCommit| plan.sinks().all(|(_, sink)| sink.name != commit.sink);
+    for commit in manifest.commits.iter().filter(gone) {
+        let staged = commit.files.iter().filter(|file| file.add.is_null());
+        publish_files(&commit.location, staged.map(|file| file.path.as_str())).await?;
+    }
     for (_, sink) in plan.sinks() {
         if let SinkKind::Ndjson(config) = &sink.kind {
             clean(&config.location, manifest.generation).await?;

@@ -13,11 +13,12 @@ use crate::connectors::file_source::FileSource;
 use crate::connectors::memory::MemoryStore;
 use crate::connectors::{OnlineStore, PartitionInfo, SourceConnector, files};
 use crate::error::{Error, Result};
-use crate::plan::{NodeId, NodeKind, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
+use crate::plan::{NodeId, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
+use crate::runtime::changes;
 use crate::runtime::lookups::Lookups;
 use crate::runtime::staged;
 
-use crate::runtime::tables::{Tables, may_grow};
+use crate::runtime::tables::Tables;
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
 use crate::state::manifest::Manifest;
@@ -56,21 +57,26 @@ pub struct Online {
 
 /// # Errors
 /// External: something cannot be reached. User: the state or the tables do not fit the SQL. Fenced: overtaken.
-pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
-    let (_, source_plan) =
-        plan.source().ok_or_else(|| Error::user("the pipeline has no sink that reads a source"))?;
+///
+/// Nodes of the plan get the ids under which the state knows them.
+pub async fn open(plan: &mut StreamPlan, name: &str, state: &str) -> Result<World> {
     files::private(state)?;
     let located = files::open(state)?;
     files::probe(&located).await?;
     let store = Arc::new(StateStore::new(located.store, object_store::path::Path::default(), Clock));
     let latest = store.latest().await?;
+    if let Some(latest) = &latest {
+        changes::adopt(plan, latest).await?;
+    }
+    let source = plan.source().map(|(_, source)| source.clone());
+    let source_plan = &source.ok_or_else(|| Error::user("the pipeline has no sink that reads a source"))?;
     let (source, embedded) = connector(source_plan, name, latest.as_ref()).await?;
     let partitions = source.partitions().await?;
     let online = online_stores(plan, name).await?;
     let lookups = Arc::new(crate::runtime::lookups::open(plan).await?);
     let mut tables = Tables::open(plan, name, latest.as_ref(), state).await?;
-    if let Some(latest) = &latest {
-        check_fingerprints(plan, latest)?;
+    if let Some(error) = latest.as_ref().and_then(|latest| changes::copied(plan, latest)) {
+        return Err(error);
     }
     let mut newest = tables.newest;
     for (_, online) in &online {
@@ -78,6 +84,8 @@ pub async fn open(plan: &StreamPlan, name: &str, state: &str) -> Result<World> {
     }
     let claim = store.claim(name, newest + 1).await?;
     let manifest = claim.manifest;
+    // Another process may have published more since we looked.
+    changes::adopt(plan, &manifest).await?;
     let orphans = store.unreferenced(&manifest).await?;
     tables.take_over(plan, &manifest).await?;
     staged::take_over(plan, &manifest).await?;
@@ -185,36 +193,6 @@ async fn claim_online(store: Arc<dyn OnlineStore>, node: &str, manifest: &Manife
     Ok(Online { store, hold, lost })
 }
 
-/// The state belongs to what the SQL said when it was written.
-fn check_fingerprints(plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
-    for (id, node) in plan.nodes.iter().enumerate() {
-        check_copied(plan, id, manifest)?;
-        let Some(known) = manifest.fingerprints.get(&node.id) else { continue };
-        if *known != plan.fingerprint(id) && !may_grow(plan, id, known) {
-            let message = format!("{} is not what it was when the state was written", node.id);
-            let hint =
-                "Change the SQL back, or run the changed pipeline under another --name with other locations.";
-            return Err(Error::user(message).hint(hint));
-        }
-    }
-    Ok(())
-}
-
-/// A pipeline that began as a copy must not take up the NDJSON files of the one that it was copied from: a start removes
-/// those of later epochs. Tables guard themselves by the id of their state, online stores by their fence.
-fn check_copied(plan: &StreamPlan, id: NodeId, manifest: &Manifest) -> Result<()> {
-    let node = &plan.nodes[id];
-    let NodeKind::Sink(sink) = &node.kind else { return Ok(()) };
-    let theirs = manifest.copied.as_ref().and_then(|copied| copied.sinks.get(&node.id));
-    if !matches!(sink.kind, SinkKind::Ndjson(_)) || theirs != Some(&plan.fingerprint(id)) {
-        return Ok(());
-    }
-    let from = manifest.copied.as_ref().map_or("", |copied| copied.pipeline.as_str());
-    let message =
-        format!("sink {} still writes where the sink of {from} writes, of which this is a copy", sink.name);
-    Err(Error::user(message).hint("Give every sink of the copy another location, as by --set LAKE=…."))
-}
-
 /// Where each partition is read from: the manifest, else `scan_startup`; a new partition from its start.
 async fn positions(
     manifest: &Manifest,
@@ -269,12 +247,4 @@ pub async fn restore(world: &World, node: &str, kind: &str, shards: usize) -> Re
         }
     }
     Ok(restored)
-}
-
-/// Fingerprints of the nodes that have state.
-pub fn fingerprints(plan: &StreamPlan) -> BTreeMap<String, String> {
-    let stateful =
-        |kind: &NodeKind| matches!(kind, NodeKind::Over(_) | NodeKind::Group(_) | NodeKind::Sink(_));
-    let nodes = plan.nodes.iter().enumerate().filter(|(_, node)| stateful(&node.kind));
-    nodes.map(|(id, node)| (node.id.clone(), plan.fingerprint(id))).collect()
 }

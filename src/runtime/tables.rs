@@ -5,7 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::connectors::delta::config::OnSchemaChange;
-use crate::connectors::delta::{CommitProgress, Committed, DeltaCommitter, PreparedFile as DeltaFile};
+use crate::connectors::delta::table::{exists, newest_epoch};
+use crate::connectors::delta::{
+    CommitProgress, Committed, DeltaCommitter, DeltaConfig, PreparedFile as DeltaFile, TableState,
+};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::metrics::Metrics;
@@ -32,7 +35,6 @@ impl Tables {
     /// User: a table belongs to another state, or has other columns. External: a store failed.
     pub async fn open(plan: &StreamPlan, name: &str, latest: Option<&Manifest>, state: &str) -> Result<Self> {
         let mut tables = Self { committers: BTreeMap::new(), missing: Vec::new(), newest: 0, upkeep: None };
-        let ours = latest.map(|manifest| manifest.state_id.to_string());
         for (node, sink) in plan.sinks() {
             let SinkKind::Delta(config) = &sink.kind else { continue };
             let stored = config.stored_rows(&sink.schema)?;
@@ -40,15 +42,8 @@ impl Tables {
             tables.newest = tables.newest.max(table.last_epoch.max(table.max_generation).unwrap_or(0));
             if !table.exists {
                 tables.missing.push(node);
-            } else if ours.is_none() || table.state_id != ours {
-                let message = format!(
-                    "sink {}: the table {} already exists and belongs to another state than {state}",
-                    sink.name, config.location
-                );
-                let hint = "Continue with the state that wrote it (--state, --name), write to another location, or \
-                            remove the table; rebuilding it from history comes with a later version.";
-                return Err(Error::user(message).hint(hint));
             }
+            fits(&sink.name, &config.location, &table, latest, state)?;
             tables.committers.insert(node, committer);
         }
         Ok(tables)
@@ -123,6 +118,74 @@ impl Tables {
         self.upkeep = Upkeep::begin(plan, manifest, store, metrics, &known)?;
         Ok(())
     }
+}
+
+/// As [`fits`], of the table as it is; nothing is made.
+///
+/// # Errors
+/// User: those of [`fits`], or the table has other columns. External: the store failed.
+pub async fn look(
+    config: &DeltaConfig,
+    sink: &SinkPlan,
+    pipeline: &str,
+    latest: Option<&Manifest>,
+    state: &str,
+) -> Result<()> {
+    let stored = config.stored_rows(&sink.schema)?;
+    if !exists(&config.location).await? {
+        return Ok(());
+    }
+    let (_, table) = DeltaCommitter::open(config, &stored, pipeline, &sink.name).await?;
+    fits(&sink.name, &config.location, &table, latest, state)
+}
+
+/// Whether a prepared commit is in its table, or the table is gone.
+///
+/// # Errors
+/// External: the store failed.
+pub async fn is_committed(commit: &PreparedCommit, pipeline: &str) -> Result<bool> {
+    if !exists(&commit.location).await? {
+        return Ok(true);
+    }
+    let newest = newest_epoch(&commit.location, &format!("{pipeline}/{}", commit.sink)).await?;
+    Ok(newest.is_some_and(|newest| newest >= commit.epoch))
+}
+
+/// Whether the table of a sink may be written on from the state whose newest manifest is `latest`.
+///
+/// # Errors
+/// User: it belongs to another state, or lacks rows that the pipeline read while it did not have the sink.
+pub fn fits(
+    sink: &str,
+    location: &str,
+    table: &TableState,
+    latest: Option<&Manifest>,
+    state: &str,
+) -> Result<()> {
+    if !table.exists {
+        return Ok(());
+    }
+    let ours = latest.map(|manifest| manifest.state_id.to_string());
+    if ours.is_none() || table.state_id != ours {
+        let message = format!(
+            "sink {sink}: the table {location} already exists and belongs to another state than {state}"
+        );
+        let hint = "Continue with the state that wrote it (--state, --name), write to another location, or \
+                    remove the table; rebuilding it from history comes with a later version.";
+        return Err(Error::user(message).hint(hint));
+    }
+    // A table of ours without a commit was made by a start that came to nothing.
+    let known = latest.is_some_and(|manifest| manifest.fingerprints.contains_key(sink));
+    if let Some(epoch) = table.last_epoch.filter(|_| !known) {
+        let message = format!(
+            "sink {sink}: the table {location} has its rows up to epoch {epoch} and none of those that the pipeline \
+             read without it"
+        );
+        let hint = "Write to another location, or remove the table; filling the gap from history comes with a later \
+                    version.";
+        return Err(Error::user(message).hint(hint));
+    }
+    Ok(())
 }
 
 async fn replay(
@@ -205,12 +268,15 @@ pub fn may_grow(plan: &StreamPlan, sink: NodeId, known: &str) -> bool {
     let NodeKind::Sink(SinkPlan { kind: SinkKind::Delta(config), .. }) = &plan.nodes[sink].kind else {
         return false;
     };
-    let now = plan.fingerprint(sink);
+    if config.on_schema_change != OnSchemaChange::AddColumns || !stateless(plan, sink) {
+        return false;
+    }
+    if let Some(grew) = plan.columns_came_or_went(sink, known) {
+        return grew;
+    }
+    let now = plan.fingerprint_v1(sink);
     let (before, after): (Vec<_>, Vec<_>) = (known.split(" <- ").collect(), now.split(" <- ").collect());
-    config.on_schema_change == OnSchemaChange::AddColumns
-        && stateless(plan, sink)
-        && before.len() == after.len()
-        && before.iter().zip(after).all(|(before, after)| same_step(before, after))
+    before.len() == after.len() && before.iter().zip(after).all(|(before, after)| same_step(before, after))
 }
 
 fn stateless(plan: &StreamPlan, node: NodeId) -> bool {

@@ -115,6 +115,16 @@ impl SourceClock {
         }
     }
 
+    /// Of `places`, those that are ahead of what holds the source back; none while nothing does.
+    pub fn ahead(&self, places: impl Iterator<Item = Place>) -> Vec<Place> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let reached = |p: &Partition| p.max_time.unwrap_or(START_OF_TIME);
+        let Some(least) = inner.partitions.values().filter(|p| !p.idle).map(reached).min() else {
+            return Vec::new();
+        };
+        places.filter(|place| inner.partitions.get(place).is_some_and(|p| reached(p) > least)).collect()
+    }
+
     /// The watermark of each partition, for the manifest.
     pub fn partitions(&self) -> BTreeMap<Place, Option<Micros>> {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
@@ -221,6 +231,19 @@ mod tests {
         clock.mark_idle(place(0));
         clock.mark_idle(place(2));
         assert_eq!((clock.holding().slowest, clock.holding().idle), (None, 3));
+    }
+
+    #[test]
+    fn who_holds_the_others_back_is_never_ahead() {
+        let clock = SourceClock::new(10, (0..4).map(|p| (place(p), None)), None);
+        let ahead = |clock: &SourceClock| clock.ahead((0..4).map(place));
+        assert!(ahead(&clock).is_empty());
+        observe(&clock, &[(0, 100), (1, 70), (2, 70)]);
+        assert_eq!(ahead(&clock), [place(0), place(1), place(2)], "partition 3 has no row yet");
+        clock.mark_idle(place(3));
+        assert_eq!(ahead(&clock), [place(0)], "both of the slowest go on");
+        observe(&clock, &[(1, 200), (2, 150)]);
+        assert_eq!(ahead(&clock), [place(1), place(2)]);
     }
 
     #[test]

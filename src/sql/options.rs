@@ -200,6 +200,11 @@ impl Options {
         self.left.get(key).filter(|option| !option.secret).map(|option| option.value.clone())
     }
 
+    /// The options that are left, as they stand in the SQL; of a secret, where it is kept.
+    pub fn values(&self) -> impl Iterator<Item = (&str, &OptionValue)> {
+        self.left.iter().map(|(key, option)| (key.as_str(), option))
+    }
+
     pub fn owner(&self) -> &str {
         &self.owner
     }
@@ -367,6 +372,20 @@ fn placed(error: Error, place: Option<&Place>) -> Error {
         Some(place) => error.at(place.clone()),
         None => error,
     }
+}
+
+/// Parses `'256MB'`, `'3 KB'`, `'1000'` (bytes); `None` when it is no size or nothing.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let text = text.trim().to_ascii_lowercase();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit = match text[digits..].trim() {
+        "" | "b" => 1,
+        "kb" | "k" => 1 << 10,
+        "mb" | "m" => 1 << 20,
+        "gb" | "g" => 1 << 30,
+        _ => return None,
+    };
+    text[..digits].parse::<u64>().ok()?.checked_mul(unit).filter(|size| *size > 0)
 }
 
 /// Parses `'5 seconds'`, `'1 day 2 hours'`, `'500ms'`; `None` when it is no duration, has months or is negative.

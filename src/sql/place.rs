@@ -83,8 +83,8 @@ pub fn render(error: &Error) -> String {
         let number = place.line.to_string();
         gutter = number.len();
         let blank = " ".repeat(gutter);
-        let line = place.text.lines().nth(place.line.saturating_sub(1)).unwrap_or("");
-        let (shown, before, width) = underline(line, place.column, place.width);
+        let line = masked(place.text.lines().nth(place.line.saturating_sub(1)).unwrap_or(""));
+        let (shown, before, width) = underline(&line, place.column, place.width);
         // Writing to a String cannot fail.
         let _ = write!(
             out,
@@ -101,6 +101,38 @@ pub fn render(error: &Error) -> String {
     }
     out.push('\n');
     out
+}
+
+/// The line with credentials as stars, one per character: those of URLs, and what is written as a password.
+fn masked(line: &str) -> String {
+    let mut characters: Vec<char> = line.chars().collect();
+    let lower: Vec<char> = line.chars().map(|c| c.to_ascii_lowercase()).collect();
+    let after = |word: &str| {
+        let word: Vec<char> = word.chars().collect();
+        let ends = (0..lower.len()).filter(|at| lower[*at..].starts_with(&word)).map(|at| at + word.len());
+        ends.collect::<Vec<_>>()
+    };
+    let mut hide = |from: usize, to: usize| characters[from..to].fill('*');
+    for start in after("://") {
+        let length = lower[start..].iter().take_while(|c| !"/?'\" ".contains(**c)).count();
+        if let Some(at) = lower[start..start + length].iter().rposition(|c| *c == '@') {
+            hide(start, start + at);
+        }
+    }
+    for start in after("password") {
+        // password = '…', or with quotes around the key; secret('…') says where it is kept.
+        let quote = lower[start..].iter().take_while(|c| "' =".contains(**c)).count();
+        let begins = lower[start..start + quote].iter().rposition(|c| *c == '\'');
+        let equals = lower[start..start + quote].iter().position(|c| *c == '=');
+        if let (Some(begins), Some(equals)) = (begins, equals)
+            && begins > equals
+        {
+            let from = start + begins + 1;
+            let length = lower[from..].iter().take_while(|c| **c != '\'').count();
+            hide(from, from + length);
+        }
+    }
+    characters.into_iter().collect()
 }
 
 const TAB: usize = 4;
@@ -123,4 +155,25 @@ fn underline(line: &str, column: usize, width: usize) -> (String, usize, usize) 
         }
     }
     (shown.trim_end().to_owned(), before, under.max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::masked;
+
+    #[test]
+    fn credentials_of_a_line_are_stars() {
+        for (line, shown) in [
+            ("location = 's3://AKIA:hush@b/x@y', n = 1", "location = 's3://*********@b/x@y', n = 1"),
+            ("url = 'redis://:pä@h', other = 'a@b'", "url = 'redis://***@h', other = 'a@b'"),
+            ("kafka.sasl.password = 'hush', key = 'k'", "kafka.sasl.password = '****', key = 'k'"),
+            ("'kafka.sasl.password'='hush'", "'kafka.sasl.password'='****'"),
+            ("password = secret('env:NAME'), a = 'b'", "password = secret('env:NAME'), a = 'b'"),
+            ("PASSWORD = 'hush", "PASSWORD = '****"),
+            ("location = 's3://b/x', mail = 'a@b.c'", "location = 's3://b/x', mail = 'a@b.c'"),
+            ("SELECT password FROM t -- '", "SELECT password FROM t -- '"),
+        ] {
+            assert_eq!(masked(line), shown);
+        }
+    }
 }

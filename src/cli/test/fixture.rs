@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 
 use super::generate::{Hints, join};
 use super::yaml::{self, Key, Kind, Node, unknown};
+use crate::connectors::sandbox::Sandbox;
 use crate::error::{Error, Place, Result};
 use crate::sql::catalog;
 
@@ -61,6 +62,22 @@ pub struct Case {
     pub late: Option<u64>,
     /// Records that must be dead letters, of the source and of views.
     pub dead_letters: Option<u64>,
+}
+
+/// Where a fixture stands, for the files that it names.
+struct Ground<'a> {
+    path: &'a Path,
+    sandbox: &'a Sandbox,
+}
+
+impl Ground<'_> {
+    /// A path from the fixture's folder.
+    fn file(&self, node: &Node, what: &str) -> Result<PathBuf> {
+        let file = self.path.parent().unwrap_or(Path::new("")).join(node.text(what)?);
+        let inside = self.sandbox.check(&file.to_string_lossy(), true);
+        inside.map_err(|error| error.at(node.place.clone()))?;
+        Ok(file)
+    }
 }
 
 /// Records of a source.
@@ -139,7 +156,7 @@ fn beside(sql: &Path, stem: &str) -> Option<PathBuf> {
 ///
 /// # Errors
 /// User: a path that is neither, a fixture that cannot be read.
-pub fn pipelines(paths: &[PathBuf]) -> Result<Vec<Pipeline>> {
+pub fn pipelines(paths: &[PathBuf], sandbox: &Sandbox) -> Result<Vec<Pipeline>> {
     let mut found: Vec<Pipeline> = Vec::new();
     let mut bare = Vec::new();
     for path in paths {
@@ -155,7 +172,7 @@ pub fn pipelines(paths: &[PathBuf]) -> Result<Vec<Pipeline>> {
             find(std::slice::from_ref(path))?
         };
         for path in fixtures {
-            let Fixture { pipeline, variables, random, .. } = read(&path)?;
+            let Fixture { pipeline, variables, random, .. } = read(&path, sandbox)?;
             if found.iter().all(|known| known.path != path) {
                 found.push(Pipeline { path, files: pipeline, variables, random });
             }
@@ -188,7 +205,8 @@ fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// # Errors
 /// User, with its place: the file is not there, or what it says is no fixture.
-pub fn read(path: &Path) -> Result<Fixture> {
+pub fn read(path: &Path, sandbox: &Sandbox) -> Result<Fixture> {
+    let ground = &Ground { path, sandbox };
     let source = catalog::read(path).map_err(|error| error.hint("Give the path of a fixture."))?;
     let Some(root) = yaml::parse(&source)? else {
         return Err(Error::user("the fixture is empty").hint("Write cases:").at(source.place(1, 1, 1)));
@@ -196,9 +214,9 @@ pub fn read(path: &Path) -> Result<Fixture> {
     let (mut pipeline, mut variables, mut cases, mut random) = (None, BTreeMap::new(), None, BTreeMap::new());
     for (key, value) in root.map("a fixture")? {
         match key.name.as_str() {
-            "pipeline" => pipeline = Some(pipeline_of(path, value)?),
+            "pipeline" => pipeline = Some(pipeline_of(ground, value)?),
             "variables" => variables = variables_of(value)?,
-            "cases" => cases = Some(cases_of(path, value)?),
+            "cases" => cases = Some(cases_of(ground, value)?),
             "random" => {
                 for (source, columns) in value.map("random")? {
                     let mut hints = Hints::new();
@@ -244,10 +262,9 @@ fn sql_beside(path: &Path, root: &Node) -> Result<PathBuf> {
     })
 }
 
-fn pipeline_of(path: &Path, node: &Node) -> Result<Vec<PathBuf>> {
-    let folder = path.parent().unwrap_or(Path::new(""));
+fn pipeline_of(ground: &Ground<'_>, node: &Node) -> Result<Vec<PathBuf>> {
     let file = |node: &Node| {
-        let file = folder.join(node.text("a file of the pipeline")?);
+        let file = ground.file(node, "a file of the pipeline")?;
         match file.exists() {
             true => Ok(file),
             false => Err(node.wrong(format!("{} does not exist", file.display()))),
@@ -264,10 +281,10 @@ fn variables_of(node: &Node) -> Result<BTreeMap<String, String>> {
     node.map("variables")?.iter().map(pair).collect()
 }
 
-fn cases_of(path: &Path, node: &Node) -> Result<Vec<Case>> {
+fn cases_of(ground: &Ground<'_>, node: &Node) -> Result<Vec<Case>> {
     let mut cases: Vec<Case> = Vec::new();
     for node in node.list("cases")? {
-        let case = case_of(path, node)?;
+        let case = case_of(ground, node)?;
         if cases.iter().any(|other| other.name == case.name) {
             return Err(Error::user(format!("two cases are named '{}'", case.name)).at(case.place));
         }
@@ -276,7 +293,7 @@ fn cases_of(path: &Path, node: &Node) -> Result<Vec<Case>> {
     Ok(cases)
 }
 
-fn case_of(path: &Path, node: &Node) -> Result<Case> {
+fn case_of(ground: &Ground<'_>, node: &Node) -> Result<Case> {
     let mut name = None;
     let mut case = Case {
         name: String::new(),
@@ -294,13 +311,13 @@ fn case_of(path: &Path, node: &Node) -> Result<Case> {
             "variables" => case.variables = variables_of(value)?,
             "input" => {
                 for (source, value) in value.map("input")? {
-                    let (data, _, _) = data_of(path, value, false)?;
+                    let (data, _, _) = data_of(ground, value, false)?;
                     case.inputs.push(Input { source: source.clone(), data });
                 }
             }
             "expect" => {
                 for (relation, value) in value.map("expect")? {
-                    let (data, partial, tolerance) = data_of(path, value, true)?;
+                    let (data, partial, tolerance) = data_of(ground, value, true)?;
                     case.expects.push(Expect { relation: relation.clone(), data, partial, tolerance });
                 }
             }
@@ -324,7 +341,7 @@ fn case_of(path: &Path, node: &Node) -> Result<Case> {
 }
 
 /// Rows with `partial` and `tolerance`, which only expectations may have.
-fn data_of(path: &Path, node: &Node, expected: bool) -> Result<(Data, bool, Option<f64>)> {
+fn data_of(ground: &Ground<'_>, node: &Node, expected: bool) -> Result<(Data, bool, Option<f64>)> {
     if let Kind::List(rows) = &node.kind {
         return Ok((Data::Rows(rows.clone()), false, None));
     }
@@ -341,7 +358,7 @@ fn data_of(path: &Path, node: &Node, expected: bool) -> Result<(Data, bool, Opti
             "rows" => Data::Rows(value.list("rows")?.to_vec()),
             "csv" => Data::Csv(inline()?),
             "ndjson" => Data::Ndjson(inline()?),
-            "file" => file_of(path, value)?,
+            "file" => file_of(ground, value)?,
             "partial" if expected => {
                 partial = value.flag()?;
                 continue;
@@ -366,8 +383,8 @@ fn data_of(path: &Path, node: &Node, expected: bool) -> Result<(Data, bool, Opti
     Ok((data, partial, tolerance))
 }
 
-fn file_of(path: &Path, node: &Node) -> Result<Data> {
-    let file = path.parent().unwrap_or(Path::new("")).join(node.text("a file")?);
+fn file_of(ground: &Ground<'_>, node: &Node) -> Result<Data> {
+    let file = ground.file(node, "a file")?;
     let text = std::fs::read_to_string(&file)
         .map_err(|error| node.wrong(format!("{} cannot be read", file.display())).because(error))?;
     let text = Text { text, place: node.place.clone() };
@@ -387,7 +404,7 @@ mod tests {
         std::fs::write(folder.path().join("p.sql"), "").unwrap();
         let path = folder.path().join("p.test.yaml");
         std::fs::write(&path, text).unwrap();
-        let error = read(&path).unwrap_err();
+        let error = read(&path, &Sandbox::default()).unwrap_err();
         let place = error.place().unwrap();
         format!("{}:{}: {} ({})", place.line, place.column, error.message(), error.hint_text().unwrap_or("-"))
     }

@@ -25,6 +25,7 @@ use clap::Args;
 use futures::StreamExt;
 
 use super::{environment, output, overrides};
+use crate::connectors::sandbox::Sandbox;
 use crate::error::{Error, Result};
 use crate::sql::{Catalog, Variables, catalog};
 use crate::stream::clock::Clock;
@@ -63,6 +64,9 @@ pub struct TestArgs {
     /// Sets a ${VARIABLE} of the SQL files, before the fixture's variables and the environment.
     #[arg(long = "set", value_name = "NAME=VALUE")]
     set: Vec<String>,
+    /// Refuses SQL and fixtures that name files outside this folder, or s3://bucket/prefix; may be given again.
+    #[arg(long, value_name = "ROOT")]
+    sandbox: Vec<String>,
     /// Runs only the cases whose name contains this; may be given again.
     #[arg(long, value_name = "NAME")]
     case: Vec<String>,
@@ -97,8 +101,9 @@ pub async fn run(args: TestArgs) -> Result<ExitCode> {
 }
 
 async fn fixtures(args: &TestArgs, bench: &Bench, seed: u64, rounds: u64) -> Result<ExitCode> {
+    let sandbox = Sandbox::new(&args.sandbox)?;
     let paths = fixture::find(&args.files)?;
-    let fixtures = paths.iter().map(|path| fixture::read(path)).collect::<Result<Vec<_>>>()?;
+    let fixtures = paths.iter().map(|path| fixture::read(path, &sandbox)).collect::<Result<Vec<_>>>()?;
     let chosen = |case: &Case| args.case.is_empty() || args.case.iter().any(|part| case.name.contains(part));
     let total = fixtures.iter().flat_map(|fixture| &fixture.cases).filter(|case| chosen(case)).count();
     if total == 0 {
@@ -111,7 +116,7 @@ async fn fixtures(args: &TestArgs, bench: &Bench, seed: u64, rounds: u64) -> Res
         for case in fixture.cases.iter().filter(|case| chosen(case)) {
             let mut variables = fixture.variables.clone();
             variables.extend(case.variables.clone());
-            let verdict = bench.run(case, &load(&fixture.pipeline, variables, &args.set)?).await?;
+            let verdict = bench.run(case, &load(&fixture.pipeline, variables, &args.set, &sandbox)?).await?;
             failed += usize::from(!verdict.faults.is_empty());
             report(fixture, case, &verdict, args)?;
         }
@@ -130,9 +135,10 @@ async fn random_cases(
     rounds: u64,
     cases: u64,
 ) -> Result<ExitCode> {
+    let sandbox = Sandbox::new(&args.sandbox)?;
     let (mut total, mut failed) = (0, 0);
-    for found in fixture::pipelines(&args.files)? {
-        let catalog = load(&found.files, found.variables, &args.set)?;
+    for found in fixture::pipelines(&args.files, &sandbox)? {
+        let catalog = load(&found.files, found.variables, &args.set, &sandbox)?;
         if catalog.sources.is_empty() {
             return Err(Error::user(format!("{} declares no source", found.path.display()))
                 .hint("Name its files in a fixture: pipeline: [transactions.sql, user_totals.sql]."));
@@ -169,13 +175,20 @@ async fn random_cases(
     Ok(ExitCode::from(u8::from(failed > 0)))
 }
 
-fn load(files: &[PathBuf], variables: BTreeMap<String, String>, set: &[String]) -> Result<Catalog> {
+fn load(
+    files: &[PathBuf],
+    variables: BTreeMap<String, String>,
+    set: &[String],
+    sandbox: &Sandbox,
+) -> Result<Catalog> {
     let mut values = variables;
     values.extend(overrides(set)?);
     let variables = Variables { overrides: values, environment: &environment };
     let paths = catalog::pipeline_files(files)?;
     let texts = paths.iter().map(|path| catalog::read(path)).collect::<Result<Vec<_>>>()?;
-    Catalog::load(&texts, &variables)
+    let catalog = Catalog::load(&texts, &variables)?;
+    crate::plan::sandbox::check(&catalog, sandbox)?;
+    Ok(catalog)
 }
 
 fn report(fixture: &Fixture, case: &Case, verdict: &Verdict, args: &TestArgs) -> Result<()> {

@@ -290,6 +290,7 @@ fn options(folder: &Path, parallelism: usize, checkpoint: Duration, close: bool)
         checkpoint,
         until_end: true,
         close,
+        memory: None,
         console: crate::cli::output::console,
     }
 }

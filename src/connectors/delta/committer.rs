@@ -29,6 +29,7 @@ use super::schema::{check_features, missing_columns};
 use super::store::{failed, table};
 use super::upsert;
 use crate::connectors::files::{Located, open, probe};
+use crate::connectors::patient::is_full;
 use crate::error::{Domain, Error, Result};
 use crate::stream::clock::Clock;
 use crate::stream::crash;
@@ -256,13 +257,23 @@ impl DeltaCommitter {
         let entry = commit_entry(&self.app, number, files, progress, self.clock.unix_millis());
         let merges = matches!(self.config.mode, Mode::Upsert { .. }) && !files.is_empty();
         let mut wait = FIRST_WAIT;
-        for attempt in 1.. {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
             let tried = match merges {
                 true => self.merge(number, files, progress).await,
                 false => self.attempt(epoch, number, &entry).await,
             };
             match tried {
                 Ok(committed) => return Ok(committed),
+                // A commit on a full disk waits, as the files before it did.
+                Err(error) if is_full(&error) => {
+                    let table = &self.config.location;
+                    tracing::warn!(%table, epoch, "the disk is full; the commit waits until there is room");
+                    attempt = 0;
+                    tokio::time::sleep(LONGEST_WAIT).await;
+                    continue;
+                }
                 Err(error) if self.gone || error.domain() != Domain::External || attempt >= ATTEMPTS => {
                     return Err(error);
                 }
@@ -274,7 +285,6 @@ impl DeltaCommitter {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(LONGEST_WAIT);
         }
-        Err(Error::internal("a commit ran out of attempts"))
     }
 
     /// One MERGE of the staged files, on the table as it is now.

@@ -14,7 +14,7 @@ use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef};
 use super::committer::STATE_PROPERTY;
 use crate::connectors::partition::{self, Partitioning, Transform, parse_list};
 use crate::error::{Error, Result};
-use crate::sql::options::{Options, parse_duration};
+use crate::sql::options::{Options, parse_duration, parse_size};
 use crate::stream::{ChangeBatch, timestamp_type};
 
 /// Characters that a column name of a Delta table cannot have (without column mapping).
@@ -105,7 +105,7 @@ impl DeltaConfig {
             None => Vec::new(),
         };
         let target_file_size = match options.string("target_file_size")? {
-            Some(text) => bytes(&text).ok_or_else(|| {
+            Some(text) => parse_size(&text).and_then(|size| size.try_into().ok()).ok_or_else(|| {
                 Error::user(format!("target_file_size = '{text}' is no size"))
                     .hint("Write a size such as '256MB'.")
             })?,
@@ -282,19 +282,6 @@ pub fn stored_type(kind: &DataType) -> Result<DataType> {
             return Err(Error::user(format!("{other} cannot be stored in a Delta table")).hint(hint));
         }
     })
-}
-
-fn bytes(text: &str) -> Option<usize> {
-    let text = text.trim().to_ascii_lowercase();
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let unit = match text[digits..].trim() {
-        "" | "b" => 1,
-        "kb" | "k" => 1 << 10,
-        "mb" | "m" => 1 << 20,
-        "gb" | "g" => 1 << 30,
-        _ => return None,
-    };
-    text[..digits].parse::<usize>().ok()?.checked_mul(unit).filter(|size| *size > 0)
 }
 
 #[cfg(test)]

@@ -72,6 +72,17 @@ pub async fn checkpoint(location: &str) -> Result<u64> {
     table.version().ok_or_else(|| Error::internal("a loaded Delta table has no version"))
 }
 
+/// The newest epoch that an application (pipeline/sink) has committed.
+///
+/// # Errors
+/// External: there is no table, or the store failed.
+pub async fn newest_epoch(location: &str, app: &str) -> Result<Option<u64>> {
+    let table = load(location, AsOf::Newest).await?;
+    let snapshot = table.snapshot().map_err(|error| failed(location, error))?;
+    let version = snapshot.transaction_version(table.log_store().as_ref(), app).await;
+    Ok(version.map_err(|error| failed(location, error))?.and_then(|epoch| u64::try_from(epoch).ok()))
+}
+
 async fn load(location: &str, as_of: AsOf) -> Result<DeltaTable> {
     let absent = || {
         let hint = "It appears when the pipeline commits its first rows.";

@@ -164,7 +164,16 @@ impl KafkaSource {
         if next < low || next > high {
             return Err(gap(&self.topic, id, next, low, high));
         }
-        Ok(Progress { place, id, base: self.base(id), next, high, touched: false, ended: false })
+        Ok(Progress {
+            place,
+            id,
+            base: self.base(id),
+            next,
+            high,
+            touched: false,
+            ended: false,
+            paused: false,
+        })
     }
 
     fn not_assigned(&self, error: KafkaError) -> Error {
@@ -247,6 +256,7 @@ struct Progress {
     high: i64,
     touched: bool,
     ended: bool,
+    paused: bool,
 }
 
 struct KafkaReader {
@@ -353,11 +363,29 @@ impl SourceReader for KafkaReader {
     fn add(&mut self, place: Place, next: i64) -> Result<()> {
         // This client may not know the partition yet and would have no answer about its offsets.
         let (id, base) = (place.partition(), self.source.base(place.partition()));
-        let progress = Progress { place, id, base, next, high: next, touched: false, ended: false };
+        let progress =
+            Progress { place, id, base, next, high: next, touched: false, ended: false, paused: false };
         let added = self.consumer.add(&self.source.topic, progress.id, progress.next - progress.base);
         added.map_err(|error| self.source.not_assigned(error))?;
         self.intake.partitions.push(progress);
         Ok(())
+    }
+
+    fn pause(&mut self, places: &[Place]) -> Result<()> {
+        let (mut pause, mut resume) = (TopicPartitionList::new(), TopicPartitionList::new());
+        for progress in &mut self.intake.partitions {
+            let paused = places.contains(&progress.place);
+            if paused != std::mem::replace(&mut progress.paused, paused) {
+                let list = if paused { &mut pause } else { &mut resume };
+                list.add_partition(&self.source.topic, progress.id);
+            }
+        }
+        let consumer = self.consumer.consumer();
+        let paused = if pause.count() > 0 { consumer.pause(&pause) } else { Ok(()) };
+        let resumed = if resume.count() > 0 { consumer.resume(&resume) } else { Ok(()) };
+        paused.and(resumed).map_err(|error| {
+            Error::external(format!("partitions of topic {} cannot wait", self.source.topic)).because(error)
+        })
     }
 
     fn acknowledge(&mut self, positions: &Positions) {
@@ -431,6 +459,10 @@ impl Intake {
 
     #[inline]
     fn record(&mut self, record: &Record<'_>) -> Result<()> {
+        // A partition that waited is fetched again from where it was read to; nothing is read twice in any case.
+        if self.progress(record.partition).is_some_and(|at| record.offset + at.base < at.next) {
+            return Ok(());
+        }
         // What is still queued of a partition that is not ours (any more) is not ours to read.
         let Some(offset) = self.advance(record.partition, record.offset + 1, 1) else { return Ok(()) };
         let columns = &mut self.columns;

@@ -1,0 +1,110 @@
+//! `millstream plan`: what a start would keep, begin, refuse and drop.
+
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::{Files, load, output, pipeline_name, state_of};
+use crate::error::{Error, Result};
+use crate::plan::changes::{Change, Item};
+use crate::runtime::changes::{Changes, WAY_OUT, changes};
+use crate::sql::place::render;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    files: Files,
+    /// As of run: only this sink; may be given again.
+    #[arg(long)]
+    sink: Vec<String>,
+    /// Name of the pipeline; default: the folder or file stem.
+    #[arg(long)]
+    name: Option<String>,
+    /// Where manifests and state live: a folder or s3://…; default ./.millstream/<name>.
+    #[arg(long)]
+    state: Option<String>,
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
+}
+
+/// # Errors
+/// User: the SQL is wrong. External: the state or a table cannot be read.
+pub async fn run(args: PlanArgs) -> Result<ExitCode> {
+    let plan = crate::plan::sinks::plan(&load(&args.files)?, &args.sink).await?;
+    let name = pipeline_name(&args.files, args.name.as_deref(), &args.sink)?;
+    let state = state_of(&args.files, args.state, &name)?;
+    let found = changes(&plan, &name, &state).await?;
+    match args.format {
+        Format::Table => table(&found, &name, &state)?,
+        Format::Json => json(&found, &name, &state)?,
+    }
+    Ok(ExitCode::from(u8::from(!found.starts())))
+}
+
+fn table(found: &Changes, name: &str, state: &str) -> Result<()> {
+    let mut text = match found.epoch {
+        Some(epoch) => format!("pipeline {name}, state {state}, epoch {epoch}\n"),
+        None => format!("pipeline {name}, no state at {state} yet\n"),
+    };
+    let width = found.items.iter().map(|item| item.name.chars().count()).max().unwrap_or(0);
+    for item in &found.items {
+        let (what, (_, meaning)) = (kind(item), meaning(item, found.epoch.is_some()));
+        text.push_str(&format!("{what}  {:<width$}  {meaning}\n", item.name));
+        if let Change::Changed(lines) = &item.change {
+            lines.iter().for_each(|line| text.push_str(&format!("        {line}\n")));
+        }
+    }
+    output::text(&text)?;
+    found.refusals.iter().for_each(|error| eprint!("{}", render(error)));
+    if found.items.iter().any(Item::is_changed) {
+        let message = "run would not start: what is changed would mix rows of two meanings";
+        eprint!("{}", render(&Error::user(message).hint(WAY_OUT)));
+    }
+    Ok(())
+}
+
+fn json(found: &Changes, name: &str, state: &str) -> Result<()> {
+    let item = |item: &Item| {
+        let lines = match &item.change {
+            Change::Changed(lines) => lines.as_slice(),
+            _ => &[],
+        };
+        let change = meaning(item, found.epoch.is_some()).0;
+        json!({"kind": kind(item), "name": item.name, "change": change, "difference": lines})
+    };
+    let refusals: Vec<&str> = found.refusals.iter().map(Error::message).collect();
+    let value = json!({
+        "pipeline": name,
+        "state": state,
+        "epoch": found.epoch,
+        "starts": found.starts(),
+        "items": found.items.iter().map(item).collect::<Vec<_>>(),
+        "refusals": refusals,
+    });
+    output::text(&format!("{value:#}\n"))
+}
+
+fn kind(item: &Item) -> &'static str {
+    if item.sink { "sink" } else { "view" }
+}
+
+/// A word for programs, a sentence for people.
+fn meaning(item: &Item, has_state: bool) -> (&'static str, &'static str) {
+    match (&item.change, item.sink) {
+        (Change::New, _) if !has_state => ("new", "new: begins at scan_startup"),
+        (Change::New, _) => {
+            ("new", "new: begins at the offsets that the pipeline has reached, without earlier rows")
+        }
+        (Change::Kept, _) => ("unchanged", "unchanged: keeps its state"),
+        (Change::Changed(_), _) => ("changed", "changed: must be rebuilt"),
+        (Change::Gone, false) => ("gone", "gone: its state is dropped"),
+        (Change::Gone, true) => ("gone", "gone: what it wrote stays, its state is dropped"),
+    }
+}

@@ -1,0 +1,157 @@
+//! Changed SQL: what a start keeps of a state, what it forgets, and what it refuses (DESIGN §6).
+//!
+//! - A view or sink that means what it meant goes on with its state; so does one that was renamed or moved around.
+//! - A new one begins at the offsets that the pipeline has reached. Earlier rows are not in it.
+//! - One that is gone is forgotten: its state files go to the garbage list of the next manifest. Its table stays.
+//! - One that means something else stops the start: rows of both meanings would be mixed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::connectors::files;
+use crate::error::{Error, Result};
+use crate::plan::changes::{Change, Comparison, Item};
+use crate::plan::{NodeId, SinkKind, SinkPlan, StreamPlan};
+use crate::runtime::tables;
+use crate::state::manifest::Manifest;
+use crate::state::store::StateStore;
+use crate::stream::clock::Clock;
+
+/// What `millstream plan` says.
+pub struct Changes {
+    /// Of the newest manifest; `None`: there is no state yet.
+    pub epoch: Option<u64>,
+    pub items: Vec<Item>,
+    /// Why a run would not start, besides what is changed.
+    pub refusals: Vec<Error>,
+}
+
+impl Changes {
+    /// Whether a run would start, as far as state and tables go.
+    pub fn starts(&self) -> bool {
+        self.refusals.is_empty() && !self.items.iter().any(Item::is_changed)
+    }
+}
+
+/// What to do when something is changed.
+pub const WAY_OUT: &str = "Change the SQL back, or run the changed pipeline under another --name with other locations: \
+                           it begins anew.";
+
+/// Looks at the state of a pipeline and at its tables, and changes nothing.
+///
+/// # Errors
+/// External: the state or a table cannot be read.
+pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Changes> {
+    let latest = match files::open_existing(state)? {
+        None => None,
+        Some(located) => {
+            files::probe(&located).await?;
+            StateStore::new(located.store, object_store::path::Path::default(), Clock).latest().await?
+        }
+    };
+    let known = latest.as_ref().map(|latest| latest.fingerprints.clone()).unwrap_or_default();
+    let compared = compare(plan, &known);
+    let mut refusals = Vec::new();
+    if let Some(latest) = latest.as_ref().filter(|latest| latest.pipeline != name) {
+        let message = format!("the state at {state} belongs to pipeline {}, not to {name}", latest.pipeline);
+        let hint = "Give this pipeline a folder of its own with --state, or its old name with --name.";
+        refusals.push(Error::user(message).hint(hint));
+    }
+    if let Some(latest) = &latest {
+        refusals.extend(unfinished(latest, &compared).await?);
+        refusals.extend(copied(plan, latest));
+    }
+    #[cfg(feature = "delta")]
+    for (_, sink) in plan.sinks() {
+        if let SinkKind::Delta(config) = &sink.kind
+            && let Err(error) = tables::look(config, sink, name, latest.as_ref(), state).await
+        {
+            match error.domain() {
+                crate::error::Domain::User => refusals.push(error),
+                _ => return Err(error),
+            }
+        }
+    }
+    Ok(Changes { epoch: latest.map(|latest| latest.epoch), items: compared.items, refusals })
+}
+
+/// Gives the plan's nodes the ids of the state.
+///
+/// # Errors
+/// User: a view or sink is not what it was. External: a table cannot be read.
+pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest) -> Result<()> {
+    let compared = compare(plan, &latest.fingerprints);
+    if let Some(error) = refused(&compared) {
+        return Err(error);
+    }
+    if let Some(error) = unfinished(latest, &compared).await? {
+        return Err(error);
+    }
+    if !latest.fingerprints.is_empty() {
+        for item in &compared.items {
+            let what = if item.sink { "sink" } else { "view" };
+            let name = &item.name;
+            match &item.change {
+                Change::New => tracing::warn!(
+                    "{what} {name} is new: it begins at the offsets that the pipeline has reached, without earlier rows"
+                ),
+                Change::Gone => tracing::warn!("{what} {name} is gone: its state is dropped"),
+                Change::Kept | Change::Changed(_) => {}
+            }
+        }
+    }
+    plan.adopt(&compared);
+    Ok(())
+}
+
+/// Fills the fingerprints of a data manifest in and leaves out what belongs to nodes that are gone.
+pub fn forget(plan: &StreamPlan, next: &mut Manifest) {
+    next.fingerprints = plan.stateful().map(|id| (plan.nodes[id].id.clone(), plan.fingerprint(id))).collect();
+    let live: BTreeSet<&str> = plan.nodes.iter().map(|node| node.id.as_str()).collect();
+    next.files.retain(|file| live.contains(file.node.as_str()));
+    next.nodes.retain(|id, _| live.contains(id.as_str()));
+}
+
+/// A table that takes other columns does not stop a sink.
+fn compare(plan: &StreamPlan, known: &BTreeMap<String, String>) -> Comparison {
+    plan.compare(known, &|id, text| tables::may_grow(plan, id, text))
+}
+
+fn refused(compared: &Comparison) -> Option<Error> {
+    let (item, lines) = compared.changed()?;
+    let what = if item.sink { "sink" } else { "view" };
+    let mut message = format!("{what} {} is not what it was when its state was written", item.name);
+    for line in lines {
+        message.push_str(&format!("\n  {line}"));
+    }
+    Some(Error::user(message).hint(format!("{WAY_OUT} millstream plan shows all that changed.")))
+}
+
+/// A pipeline that began as a copy must not take up the NDJSON files of the one that it was copied from: a start removes
+/// those of later epochs. Tables guard themselves by the id of their state, online stores by their fence.
+pub fn copied(plan: &StreamPlan, latest: &Manifest) -> Option<Error> {
+    let copied = latest.copied.as_ref()?;
+    let same = |(id, sink): &(NodeId, &SinkPlan)| {
+        let theirs = copied.sinks.get(&plan.nodes[*id].id);
+        matches!(sink.kind, SinkKind::Ndjson(_)) && theirs.is_some_and(|known| plan.means(*id, known))
+    };
+    let (_, sink) = plan.sinks().find(same)?;
+    let (name, from) = (&sink.name, &copied.pipeline);
+    let message =
+        format!("sink {name} still writes where the sink of {from} writes, of which this is a copy");
+    Some(Error::user(message).hint("Give every sink of the copy another location, as by --set LAKE=…."))
+}
+
+/// A sink is gone, and the commit that was prepared for it may not be in its table: nobody would make it any more.
+async fn unfinished(latest: &Manifest, compared: &Comparison) -> Result<Option<Error>> {
+    for commit in latest.commits.iter().filter(|commit| compared.gone.contains(&commit.sink)) {
+        if !tables::is_committed(commit, &latest.pipeline).await? {
+            let message = format!(
+                "sink {} is gone from the SQL, and its commit of epoch {} is not yet in its table {}",
+                commit.sink, commit.epoch, commit.location
+            );
+            let hint = "Start once with the sink, then remove it; or remove its table first.";
+            return Ok(Some(Error::user(message).hint(hint)));
+        }
+    }
+    Ok(None)
+}
