@@ -46,10 +46,20 @@ async fn partitions_that_are_added_are_found_while_running() {
     let option = "format = 'json', partition_discovery_interval = '300 ms'";
     std::fs::write(case.path("transactions.sql"), sql.replace("format            = 'json'", option)).unwrap();
     case.produce(5_000).await;
-    let mut running = case.start(&["--checkpoint", "300ms", "--parallelism", "2"]);
+    let log = std::fs::File::create(case.path("log")).unwrap();
+    let arguments = ["--checkpoint", "300ms", "--parallelism", "2"];
+    let mut running = case.command(&case.run_arguments(&arguments)).stderr(log).spawn().unwrap();
     wait_for(&case, &mut running, 5_000);
     let more = NewPartitions::new(&case.topic, 7);
     admin(&case.services.kafka).create_partitions([&more], &AdminOptions::new()).await.unwrap();
+    // What comes before they are found may be late: the watermark does not wait for what nobody knows.
+    let found =
+        || std::fs::read_to_string(case.path("log")).unwrap().matches("a partition was added").count();
+    let begun = Instant::now();
+    while found() < 3 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{} partitions were found", found());
+        std::thread::sleep(Duration::from_millis(50));
+    }
     // The producers make new clients, which know the new partitions.
     case.produce(5_000).await;
     wait_for(&case, &mut running, 10_000);

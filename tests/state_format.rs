@@ -48,9 +48,10 @@ pub fn millstream(folder: &Path, arguments: &[&str]) -> String {
     String::from_utf8(out.stdout).unwrap()
 }
 
-/// The lines of the files of a folder, sorted.
+/// The lines of the files of a folder, sorted; what is only staged is no file of it.
 pub fn lines(folder: &Path) -> Vec<String> {
-    let files = fs::read_dir(folder).unwrap().map(|entry| fs::read_to_string(entry.unwrap().path()).unwrap());
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = paths.filter(|path| path.is_file()).map(|path| fs::read_to_string(path).unwrap());
     let mut lines: Vec<String> =
         files.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect();
     lines.sort();

@@ -23,7 +23,7 @@ use crate::operators::lookup::LookupSpec;
 use crate::operators::over::OverSpec;
 use crate::plan::lower::column_index;
 use crate::plan::tables::BoundedTable;
-use crate::plan::{NodeId, NodeKind, SourcePlan, StreamPlan, describe_group, describe_over};
+use crate::plan::{NodeId, NodeKind, SinkKind, SourcePlan, StreamPlan, describe_group, describe_over};
 use crate::sql::interval::display_micros;
 
 /// How a text of the second format begins.
@@ -186,7 +186,12 @@ impl Text<'_> {
                 None
             }
             NodeKind::Sink(sink) => {
-                self.line(depth, &format!("sink {}: {sink}", sink.name));
+                // Which store shows the newest rows is nothing to the state that keeps them: another one is filled from it.
+                let shown = match &sink.kind {
+                    SinkKind::Online { .. } => sink.to_string().replacen(sink.kind.connector(), "online", 1),
+                    _ => sink.to_string(),
+                };
+                self.line(depth, &format!("sink {}: {shown}", sink.name));
                 self.columns(&sink.schema, depth + 1, |_| true);
                 None
             }

@@ -10,7 +10,6 @@ use std::time::Duration;
 use tokio::sync::mpsc::WeakSender;
 
 use crate::connectors::SourceConnector;
-use crate::error::Result;
 use crate::runtime::report::Command;
 use crate::stream::Place;
 
@@ -28,15 +27,12 @@ pub struct Discovery {
 }
 
 impl Discovery {
-    /// Runs until the source has ended.
-    ///
-    /// # Errors
-    /// None: a broker that does not answer is asked again later.
-    pub async fn run(mut self) -> Result<()> {
+    /// Runs until the source has ended, or a little longer. A broker that does not answer is asked again later.
+    pub async fn run(mut self) {
         loop {
             tokio::time::sleep(self.every).await;
             if self.commands.iter().all(|command| command.upgrade().is_none()) {
-                return Ok(());
+                return;
             }
             let partitions = match self.source.partitions().await {
                 Ok(partitions) => partitions,
@@ -51,7 +47,7 @@ impl Discovery {
                     continue;
                 }
                 let Some(command) = self.commands[shard_of(place, self.commands.len())].upgrade() else {
-                    return Ok(());
+                    return;
                 };
                 tracing::warn!(
                     partition = found.partition,
@@ -59,7 +55,7 @@ impl Discovery {
                     "a partition was added to the topic"
                 );
                 if command.send(Command::Add { place, next: found.low }).await.is_err() {
-                    return Ok(());
+                    return;
                 }
                 self.known.insert(place);
             }

@@ -395,10 +395,8 @@ impl Graph<'_> {
             let known = self.world.positions.iter().map(|(place, _)| place).collect();
             let source = Arc::clone(&self.world.source);
             let commands = commands.iter().map(Sender::downgrade).collect();
-            let discovery = Discovery { source, every, known, commands };
-            // It reports nothing: whoever waits for the last report need not wait until it has slept.
-            #[expect(clippy::disallowed_methods, reason = "this is where the runtime spawns its tasks")]
-            tokio::spawn(discovery.run());
+            #[expect(clippy::disallowed_methods, reason = "the runtime spawns; nobody waits for this one")]
+            tokio::spawn(Discovery { source, every, known, commands }.run());
         }
         Ok(commands)
     }

@@ -66,6 +66,9 @@ async fn what_means_the_same_keeps_its_state() {
         ("its type", |s| s.replace("note VARCHAR", "note INT")),
         ("where the broker is", |s| s.replace("'b'", "'c'")),
         ("an idle time-out", |s| s.replace("format = 'json'", "format = 'json', idle_timeout = '5 minutes'")),
+        ("which store has the newest rows", |s| {
+            s.replace("'memory', key", "'redis', url = 'redis://r', key")
+        }),
         ("order of statements", |s| format!("{}{COUNTS}", s.replace(COUNTS, ""))),
     ];
     for (what, change) in same {

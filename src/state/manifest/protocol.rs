@@ -329,7 +329,6 @@ fn every_order_of_two_processes() {
             }
         }
     }
-    println!("{} states", visited.len());
     assert!(visited.len() > 10_000, "{}", visited.len());
 }
 

@@ -368,6 +368,5 @@ async fn contenders_over_a_failing_store() {
         let (committed, faults, gone) = contend(seed).await;
         (epochs, injected, deleted) = (epochs + committed, injected + faults, deleted + gone);
     }
-    println!("{epochs} epochs, {injected} faults, {deleted} files deleted");
     assert!(epochs > 3_000 && injected > 3_000 && deleted > 3_000, "{epochs} {injected} {deleted}");
 }
