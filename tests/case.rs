@@ -91,6 +91,7 @@ pub async fn send(
     let producer: FutureProducer = ClientConfig::new()
         .set("bootstrap.servers", kafka)
         .set("linger.ms", "5")
+        .set("enable.idempotence", "true")
         .set("queue.buffering.max.messages", "1000000")
         .create()
         .unwrap();
@@ -139,6 +140,8 @@ impl Case {
         let producer: FutureProducer = ClientConfig::new()
             .set("bootstrap.servers", &self.services.kafka)
             .set("linger.ms", "5")
+            // A new topic may refuse the first batch for a moment: it must not come behind the second one.
+            .set("enable.idempotence", "true")
             .set("queue.buffering.max.messages", "1000000")
             .create()
             .unwrap();

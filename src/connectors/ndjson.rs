@@ -191,6 +191,22 @@ pub async fn clean(location: &str, generation: u64) -> Result<()> {
     Ok(())
 }
 
+/// Removes what generations before `generation` published: of a state that was reset, and begins anew.
+///
+/// # Errors
+/// External: the location cannot be read or written.
+pub async fn forget(location: &str, generation: u64) -> Result<()> {
+    let Some(located) = files::open_existing(location)? else { return Ok(()) };
+    let found: Vec<Path> = located.store.list(None).map_ok(|meta| meta.location).try_collect().await?;
+    for path in found {
+        if path.filename().and_then(generation_of).is_some_and(|of| of < generation) {
+            located.store.delete(&path).await?;
+            tracing::info!(file = %path, "removed what the state before the reset had written");
+        }
+    }
+    Ok(())
+}
+
 fn staged(path: &str) -> Result<Path> {
     parse(&format!("{STAGED}/{}", path.strip_suffix(ENDING).unwrap_or(path)))
 }
