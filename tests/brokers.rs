@@ -130,7 +130,11 @@ impl Broker {
         command
     }
 
-    fn start(port: u16) -> Self {
+    fn start() -> Self {
+        // Four ports in a row that nobody has.
+        let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
+        let first = 10_000 + (std::process::id() % 2_000) as u16 * 4;
+        let port = (first..32_000).step_by(4).find(|port| (0..4).all(|more| free(port + more))).unwrap();
         let broker = Self { run: tempfile::tempdir().unwrap(), port };
         broker.again();
         broker
@@ -164,7 +168,7 @@ fn outage() -> Duration {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_away_or_starts_again_loses_nothing() {
     let Some(mut services) = services("a_broker_that_is_away_or_starts_again_loses_nothing") else { return };
-    let broker = Broker::start(28_092);
+    let broker = Broker::start();
     services.kafka = format!("127.0.0.1:{}", broker.port);
     let mut case = Case::new(services, "away", None).await;
     case.produce(5_000).await;

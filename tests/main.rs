@@ -27,6 +27,7 @@ mod memory;
 mod online;
 mod options;
 mod pipeline;
+mod queries;
 mod random;
 mod readme;
 mod sandbox;

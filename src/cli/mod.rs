@@ -170,8 +170,8 @@ struct RunArgs {
 struct QueryArgs {
     #[command(flatten)]
     files: Files,
-    /// The query.
-    #[arg(short = 'c', long = "command", value_name = "SQL")]
+    /// The query; it may begin with a comment.
+    #[arg(short = 'c', long = "command", value_name = "SQL", allow_hyphen_values = true)]
     sql: String,
     /// Where the state lies, for dead_letters, and for newest values that are in no Redis (dev).
     #[arg(long)]
