@@ -141,7 +141,7 @@ async fn a_state_larger_than_the_budget_is_refused_with_numbers() {
         return;
     };
     skewed.produce(0, (0..AHEAD).map(|i| 1_767_571_200_000 + i * 1_000));
-    let (out, _) = skewed.run("large", &["--memory", "120MB", "--checkpoint", "1s"]);
+    let (out, _) = skewed.run("large", &["--memory", "120MB", "--checkpoint", "200ms"]);
     let said = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(3), "{said}");
     for part in

@@ -215,9 +215,28 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprint!("{}", render(&error));
-            ExitCode::from(if error.domain() == Domain::User { 2 } else { 3 })
+            quit(if error.domain() == Domain::User { 2 } else { 3 })
         }
     }
+}
+
+/// Ends the process after a failure. Threads of the client libraries may still be at work, also with TLS: OpenSSL's
+/// clean-up at exit would pull its tables from under them, which has ended in a signal instead of the exit code.
+fn quit(code: u8) -> ExitCode {
+    #[cfg(unix)]
+    #[allow(unsafe_code, reason = "declares a function of the C library that is safe to call")]
+    #[expect(clippy::disallowed_methods, reason = "what was printed must be out before the process ends")]
+    {
+        use std::io::Write;
+        unsafe extern "C" {
+            safe fn _exit(code: std::ffi::c_int) -> !;
+        }
+        // Nobody is left to hear of a failure.
+        std::io::stdout().flush().ok();
+        _exit(code.into())
+    }
+    #[cfg(not(unix))]
+    ExitCode::from(code)
 }
 
 impl Command {
