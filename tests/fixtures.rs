@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
-fn root() -> &'static Path {
+pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn millstream(folder: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
+/// Exit code, stdout and stderr of `millstream test`.
+pub fn millstream(folder: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_millstream"));
     command.current_dir(folder).arg("test").args(arguments);
     ["KAFKA_BROKERS", "REDIS_URL", "LAKE"].iter().for_each(|name| {

@@ -5,28 +5,14 @@
 //! a server (`tests/lookups.rs`).
 
 use std::fs;
-use std::path::Path;
-use std::process::{Command, Output};
+
+use crate::fixtures::{millstream, root};
 
 /// Seeds of other runs that once showed a fault.
 const FOUND: [(&str, u64); 1] = [
     // The batch numbered rows of one time by chance.
     ("sql/events.sql", 63),
 ];
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn millstream(folder: &Path, arguments: &[&str]) -> (Option<i32>, String, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_millstream"));
-    command.current_dir(folder).arg("test").args(arguments);
-    ["KAFKA_BROKERS", "REDIS_URL", "LAKE"].iter().for_each(|name| {
-        command.env_remove(name);
-    });
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
-}
 
 fn agrees(paths: &[&str], cases: &str, seed: &str, pipelines: usize) {
     let arguments = [paths, &["--random", cases, "--seed", seed]].concat();
