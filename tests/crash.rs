@@ -326,6 +326,9 @@ impl Watch {
                 for (user, row) in rows.into_iter().enumerate() {
                     match (row, last.get(&user)) {
                         ((Some(time), Some(count)), before) => {
+                            // Without its `Z` the text of an instant sorts as the instant does:
+                            // a whole second has no fraction.
+                            let time = time.trim_end_matches('Z').to_owned();
                             if before.is_some_and(|(at, n)| time < *at || count < *n) {
                                 faults.push(format!("{user}: {before:?}, then {time} {count}"));
                             }
