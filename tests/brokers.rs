@@ -114,6 +114,35 @@ async fn records_that_expired_before_they_were_read_are_a_gap_with_numbers() {
     assert!(said.contains(&format!("topic {}, partition 0: the next offset is", case.topic)), "{said}");
 }
 
+/// librdkafka may leave partitions unfetched for good after an outage; here it is made to.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_gets_nothing_any_more_is_opened_anew() {
+    let Some(services) = services("a_client_that_gets_nothing_any_more_is_opened_anew") else { return };
+    let mut case = Case::new(services, "deaf", None).await;
+    let sql = std::fs::read_to_string(case.path("transactions.sql")).unwrap();
+    let option = "format = 'json', partition_discovery_interval = '1 second'";
+    std::fs::write(case.path("transactions.sql"), sql.replace("format            = 'json'", option)).unwrap();
+    case.produce(5_000).await;
+    let log = std::fs::File::create(case.path("log")).unwrap();
+    let arguments = case.run_arguments(&["--checkpoint", "300ms", "--parallelism", "2"]);
+    let mut command = case.command(&arguments);
+    // One of the two shards, once it has read for a while.
+    let mut running = command.env("MILLSTREAM_DEAF_AT", "kafka.poll:3000").stderr(log).spawn().unwrap();
+    wait_for(&case, &mut running, 5_000);
+    let path = case.path("log");
+    let said = || std::fs::read_to_string(&path).unwrap().contains("a new client reads it");
+    let (begun, mut rows) = (Instant::now(), 5_000);
+    while !said() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "nobody noticed");
+        case.produce(500).await;
+        rows += 500;
+    }
+    wait_for(&case, &mut running, rows);
+    stop(&mut running);
+    case.finish("2");
+    case.verify();
+}
+
 /// A broker of this test's own, by `docker/services.sh` with other ports and another folder; ended when dropped.
 struct Broker {
     run: tempfile::TempDir,

@@ -262,7 +262,7 @@ const KAFKA_SOURCE: &[OptionDoc] = &[
         "duration",
         "1 minute",
         "10 seconds",
-        "How often partitions that were added to the topic are looked for; they are read from their beginning. 0 s: never.",
+        "How often the topic is asked for added partitions, which are read from their beginning, and for the ends of all: a client that gets no more records is then replaced. 0 s: never.",
     ),
     option(
         "group_id",

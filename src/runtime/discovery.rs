@@ -1,4 +1,6 @@
-//! Partitions that are added to a topic while the pipeline runs: looked for now and then, read from their beginning.
+//! Asks the broker now and then, by a client of its own, what partitions there are and where they end. Partitions that
+//! are added to a topic while the pipeline runs are read from their beginning; ends show a client that gets no more
+//! records ([`super::standstill`]).
 //!
 //! The shard that gets one takes it in between two polls, so that the next manifest has its position; after a restart it is
 //! an old acquaintance. A partition that is added while the pipeline stands still is found by its start.
@@ -9,7 +11,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::WeakSender;
 
-use crate::connectors::SourceConnector;
+use crate::connectors::{PartitionInfo, SourceConnector};
 use crate::runtime::report::Command;
 use crate::stream::Place;
 
@@ -41,6 +43,7 @@ impl Discovery {
                     continue;
                 }
             };
+            self.tell_ends(&partitions);
             for found in partitions {
                 let place = Place::new(0, found.topic, found.partition);
                 if self.known.contains(&place) {
@@ -58,6 +61,19 @@ impl Discovery {
                     return;
                 }
                 self.known.insert(place);
+            }
+        }
+    }
+
+    /// A shard that has not taken its last commands gets no more: it is at work.
+    fn tell_ends(&self, partitions: &[PartitionInfo]) {
+        let shards = self.commands.len();
+        for (shard, command) in self.commands.iter().enumerate() {
+            let place = |found: &PartitionInfo| Place::new(0, found.topic, found.partition);
+            let ends = partitions.iter().map(|found| (place(found), found.high));
+            let ends = ends.filter(|(place, _)| shard_of(*place, shards) == shard).collect();
+            if let Some(command) = command.upgrade() {
+                command.try_send(Command::Ends(ends)).ok();
             }
         }
     }

@@ -27,6 +27,7 @@ mod sinks;
 mod source;
 mod stage;
 mod staged;
+mod standstill;
 mod start;
 #[cfg(feature = "delta")]
 mod tables;

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::counts::{Count, Counts};
 use crate::state::manifest::{Accounts, PartitionProgress, PreparedFile, StateFile};
-use crate::stream::{Barrier, DeadLetter, Micros, Place};
+use crate::stream::{Barrier, DeadLetter, Micros, Place, Positions};
 
 /// A shard's part of an epoch, or the end of the pipeline.
 #[derive(Debug)]
@@ -79,12 +79,14 @@ pub fn behind(reports: &Sender<Report>, work: impl Future<Output = Result<Report
 }
 
 /// From the coordinator to a source shard.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum Command {
     /// Cut here. `close`: no row follows, raise the watermark to the end first.
     Cut { barrier: Barrier, close: bool },
     /// Read this partition too, from the offset on.
     Add { place: Place, next: i64 },
+    /// The ends of its partitions, as a client of their own was just told.
+    Ends(Positions),
     /// The manifest of this epoch is published and its commits are made.
     Durable { epoch: u64 },
 }

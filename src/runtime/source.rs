@@ -11,12 +11,13 @@ use arrow::array::{BooleanArray, RecordBatch};
 use tokio::sync::mpsc::{Receiver, Sender};
 
 use crate::connectors::formats::OnError;
-use crate::connectors::{SourceBatch, SourceReader};
+use crate::connectors::{SourceBatch, SourceConnector, SourceReader};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, SourcePlan};
 use crate::runtime::chain::{Chain, Outgoing};
 use crate::runtime::metrics::{Metrics, SourceMetrics};
 use crate::runtime::report::{Command, Report, SourceEpoch};
+use crate::runtime::standstill::Standstill;
 use crate::runtime::watermark::SourceClock;
 use crate::state::manifest::PartitionProgress;
 use crate::stream::clock::Clock;
@@ -36,7 +37,10 @@ pub struct SourceTask {
     pub shard: usize,
     pub plan: Arc<SourcePlan>,
     pub topics: Vec<Arc<str>>,
+    pub source: Arc<dyn SourceConnector>,
     pub reader: Box<dyn SourceReader>,
+    /// For what is asked of the outside between two polls.
+    pub runtime: tokio::runtime::Handle,
     pub clock: Clock,
     pub watermarks: SourceClock,
     pub chain: Chain,
@@ -68,6 +72,7 @@ pub struct SourceState {
     /// Partitions that wait as memory is short, and when that was decided.
     paused: Vec<Place>,
     weighed: Option<std::time::Instant>,
+    standstill: Standstill,
     /// When the last poll returned.
     read_at: Option<std::time::Instant>,
 }
@@ -90,6 +95,7 @@ impl SourceTask {
                     }
                     Command::Durable { epoch } => self.acknowledge(epoch),
                     Command::Add { place, next } => self.add(place, next)?,
+                    Command::Ends(ends) => self.compare(ends)?,
                 }
             }
             if self.commands.is_closed() && self.commands.is_empty() {
@@ -98,9 +104,12 @@ impl SourceTask {
             self.weigh()?;
             match self.reader.poll(MAX_ROWS, Duration::from_millis(1))? {
                 Some(batch) => self.take(batch, &mut out)?,
-                None => self.idle(&mut out)?,
+                None => {
+                    self.state.standstill.polled_nothing();
+                    self.idle(&mut out)?;
+                }
             }
-            let lag = self.reader.lag();
+            let lag = self.reader.lag().max(self.state.standstill.lag(&self.positions));
             self.counted.lag.fetch_add(lag - std::mem::replace(&mut self.state.lag, lag), Ordering::Relaxed);
             self.tell_end()?;
         }
@@ -161,6 +170,34 @@ impl SourceTask {
         self.reader.add(place, next)?;
         self.watermarks.add(place);
         self.positions.raise(place, next);
+        Ok(())
+    }
+
+    /// Opens a new client when this one gets no more records although the broker has some.
+    fn compare(&mut self, ends: Positions) -> Result<()> {
+        let still = self.state.standstill.answer(ends, &self.positions, &self.state.paused);
+        let Some(first) = still.first() else { return Ok(()) };
+        let (partition, offset) = (first.partition(), self.positions.get(*first));
+        let reader = match self.runtime.block_on(self.source.reader(self.positions.clone())) {
+            Ok(reader) => reader,
+            Err(error) if error.is_lasting() => return Err(error),
+            Err(error) => {
+                tracing::warn!(partition, offset, %error, "a partition stands still, and no new client could be opened");
+                return Ok(());
+            }
+        };
+        let more = still.len() - 1;
+        tracing::warn!(
+            partition,
+            offset,
+            more,
+            "a partition stood still although the topic goes on; a new client reads it"
+        );
+        let old = std::mem::replace(&mut self.reader, reader);
+        // It may wait for answers that never come.
+        std::thread::Builder::new().name("old-client".to_owned()).spawn(move || drop(old)).ok();
+        self.metrics.paused.fetch_sub(self.state.paused.len() as u64, Ordering::Relaxed);
+        self.state.paused.clear();
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 //!
 //! `MILLSTREAM_CRASH_AT=name` ends the process at once, without any clean-up, when it passes that point; `name:3` at the
 //! third time. `MILLSTREAM_STOP_AT` stops it there (SIGSTOP), so that it goes on as a zombie when it is continued.
+//! `MILLSTREAM_DEAF_AT` makes a client that asks with [`deaf`] get nothing any more.
 
 /// Every point, in the order of an epoch. `.before` and `.after` enclose one step that the outside world can see.
 pub const POINTS: [&str; 34] = [
@@ -44,6 +45,44 @@ pub const POINTS: [&str; 34] = [
     "delete",
 ];
 
+#[cfg(debug_assertions)]
+mod wanted {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A point, how often it is still to be passed.
+    pub struct Wanted(Option<(String, AtomicUsize)>);
+
+    impl Wanted {
+        pub fn of(variable: &str) -> Self {
+            let at = std::env::var(variable).ok();
+            Self(at.map(|at| {
+                let (name, count) = at.split_once(':').unwrap_or((&at, "1"));
+                (name.to_owned(), AtomicUsize::new(count.parse().unwrap_or(1)))
+            }))
+        }
+
+        /// True once, when the point is passed for the wanted time.
+        pub fn reached(&self, name: &str) -> bool {
+            let here = self.0.as_ref().filter(|(at, _)| at == name);
+            here.is_some_and(|(_, left)| left.fetch_sub(1, Ordering::Relaxed) == 1)
+        }
+    }
+}
+
+/// Whether the client that asks shall get nothing any more.
+#[cfg(debug_assertions)]
+pub fn deaf(name: &'static str) -> bool {
+    static DEAF: std::sync::LazyLock<wanted::Wanted> =
+        std::sync::LazyLock::new(|| wanted::Wanted::of("MILLSTREAM_DEAF_AT"));
+    DEAF.reached(name)
+}
+
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn deaf(_: &'static str) -> bool {
+    false
+}
+
 /// Ends or stops the process here if a test asked for it.
 #[cfg(debug_assertions)]
 #[expect(
@@ -53,26 +92,13 @@ pub const POINTS: [&str; 34] = [
 pub fn point(name: &'static str) {
     use std::process::{Command, abort, id};
     use std::sync::LazyLock;
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
-    /// A point, how often it is still to be passed.
-    type Wanted = Option<(String, AtomicUsize)>;
-    fn wanted(variable: &str) -> Wanted {
-        let at = std::env::var(variable).ok()?;
-        let (name, count) = at.split_once(':').unwrap_or((&at, "1"));
-        Some((name.to_owned(), AtomicUsize::new(count.parse().unwrap_or(1))))
-    }
-    static CRASH: LazyLock<Wanted> = LazyLock::new(|| wanted("MILLSTREAM_CRASH_AT"));
-    static STOP: LazyLock<Wanted> = LazyLock::new(|| wanted("MILLSTREAM_STOP_AT"));
+    static CRASH: LazyLock<wanted::Wanted> = LazyLock::new(|| wanted::Wanted::of("MILLSTREAM_CRASH_AT"));
+    static STOP: LazyLock<wanted::Wanted> = LazyLock::new(|| wanted::Wanted::of("MILLSTREAM_STOP_AT"));
     debug_assert!(POINTS.contains(&name), "{name} is not in the list of points");
-    let reached = |wanted: &Wanted| {
-        let here = wanted.as_ref().filter(|(at, _)| at == name);
-        here.is_some_and(|(_, left)| left.fetch_sub(1, Ordering::Relaxed) == 1)
-    };
-    if reached(&CRASH) {
+    if CRASH.reached(name) {
         abort();
     }
-    if reached(&STOP) {
+    if STOP.reached(name) {
         Command::new("kill").args(["-STOP", &id().to_string()]).status().ok();
     }
 }

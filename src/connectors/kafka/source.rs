@@ -22,7 +22,7 @@ use crate::connectors::formats::records::{Intent, Raw, Records};
 use crate::connectors::{PartitionInfo, SourceBatch, SourceConnector, SourceReader};
 use crate::error::{Error, Result};
 use crate::stream::letters::headers_text;
-use crate::stream::{DeadLetter, Place, Positions};
+use crate::stream::{DeadLetter, Place, Positions, crash};
 
 /// After the first record of a poll, how long to wait for more: a fetch brings many at once.
 const GATHER: Duration = Duration::from_millis(1);
@@ -188,7 +188,8 @@ fn gap(topic: &str, partition: i32, wanted: i64, low: i64, high: i64) -> Error {
         return Error::external(format!(
             "topic {topic}, partition {partition}: the next offset is {wanted}, but the topic ends at {high}"
         ))
-        .hint("The topic was emptied or created anew. Reset the pipeline to read it from its beginning.");
+        .hint("The topic was emptied or created anew. Reset the pipeline to read it from its beginning.")
+        .lasting();
     }
     Error::external(format!(
         "topic {topic}, partition {partition}: the next offset is {wanted}, but the broker's first is {low}; {} records \
@@ -196,6 +197,7 @@ fn gap(topic: &str, partition: i32, wanted: i64, low: i64, high: i64) -> Error {
         low - wanted
     ))
     .hint("Restore them to the topic, or reset the pipeline and rebuild it from its history.")
+    .lasting()
 }
 
 #[async_trait]
@@ -336,6 +338,13 @@ impl KafkaReader {
 impl SourceReader for KafkaReader {
     fn poll(&mut self, max_rows: usize, linger: Duration) -> Result<Option<SourceBatch>> {
         self.serve()?;
+        if crash::deaf("kafka.poll") {
+            // As librdkafka does when it leaves partitions unfetched: nothing comes, nothing is said.
+            let all = self.intake.partitions.iter().map(|progress| progress.id);
+            let mut list = TopicPartitionList::new();
+            all.for_each(|id| drop(list.add_partition(&self.source.topic, id)));
+            self.consumer.consumer().pause(&list).ok();
+        }
         let limit = max_rows.min(self.source.config.max_batch_rows.unwrap_or(MAX_ROWS)).clamp(1, MAX_ROWS);
         let messages = self.consumer.receive(limit, linger, GATHER.min(linger));
         if messages.len() == 0 {
