@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, NodeKind, StreamPlan};
+use crate::runtime::aside;
 use crate::runtime::report::StatePart;
 use crate::state::compaction::{choose, merge};
 use crate::state::manifest::{Manifest, StateFile, file_name};
@@ -63,11 +64,7 @@ impl Compaction {
             return;
         }
         let store = Arc::clone(store);
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the runtime spawns; a merge must not delay checkpoints"
-        )]
-        let running = tokio::spawn(async move {
+        let running = aside::spawn(async move {
             let mut done = Vec::with_capacity(jobs.len());
             for job in jobs {
                 done.push(job.run(&store).await?);

@@ -22,6 +22,7 @@ use crate::operators::over::Over;
 use crate::plan::remote::RemoteTable;
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::RunOptions;
+use crate::runtime::aside;
 use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::discovery::{Discovery, shard_of};
 use crate::runtime::inbox::Inbox;
@@ -184,14 +185,13 @@ impl Graph<'_> {
 
     /// Runs a task; its failure becomes a report.
     fn run(&self, task: impl Future<Output = Result<()>> + Send + 'static) {
-        let reports = self.reports.clone();
         #[expect(clippy::disallowed_methods, reason = "this is where the runtime spawns its tasks")]
-        tokio::spawn(async move {
-            if let Err(error) = task.await {
-                // Nobody listens any more when the pipeline is already going down.
-                reports.send(Report::Failed(error)).await.ok();
-            }
-        });
+        tokio::spawn(watched(self.reports.clone(), task));
+    }
+
+    /// As [`Graph::run`], for a task whose rows nobody waits for.
+    fn run_aside(&self, task: impl Future<Output = Result<()>> + Send + 'static) {
+        aside::spawn(watched(self.reports.clone(), task));
     }
 
     /// Runs one shard of a stage.
@@ -278,7 +278,7 @@ impl Graph<'_> {
                 SinkKind::Delta(config) => self.spawn_table(node, shard, sink, config, inbox)?,
                 SinkKind::Ndjson(config) => {
                     let writer = NdjsonWriter::open(config.clone(), self.world.manifest.generation, shard)?;
-                    self.run(NdjsonTask { node, writer, inbox, reports, metrics }.run());
+                    self.run_aside(NdjsonTask { node, writer, inbox, reports, metrics }.run());
                 }
                 SinkKind::Online { ttl_micros, .. } => {
                     let mut newest = Newest::new(Arc::clone(&sink.schema), sink.key.clone(), *ttl_micros)?;
@@ -333,12 +333,14 @@ impl Graph<'_> {
             let changes = Newest::new(Arc::clone(&sink.schema), key.clone(), None)?;
             let stager = Stager::new(config, &sink.schema, tag)?;
             let sink = sink.name.as_str().into();
-            self.run(UpsertTask { node, sink, topics, key, changes, stager, inbox, reports, metrics }.run());
+            self.run_aside(
+                UpsertTask { node, sink, topics, key, changes, stager, inbox, reports, metrics }.run(),
+            );
             return Ok(());
         }
         let writer = DeltaWriter::new(config.clone(), &config.stored_rows(&sink.schema)?, tag)?;
         let (config, epoch) = (config.clone(), self.world.manifest.epoch + 1);
-        self.run(DeltaTask { node, config, writer, epoch, inbox, reports, metrics }.run());
+        self.run_aside(DeltaTask { node, config, writer, epoch, inbox, reports, metrics }.run());
         Ok(())
     }
 
@@ -401,6 +403,13 @@ impl Graph<'_> {
             tokio::spawn(Discovery { source, every, known, commands }.run());
         }
         Ok(commands)
+    }
+}
+
+async fn watched(reports: Sender<Report>, task: impl Future<Output = Result<()>>) {
+    if let Err(error) = task.await {
+        // Nobody listens any more when the pipeline is already going down.
+        reports.send(Report::Failed(error)).await.ok();
     }
 }
 

@@ -4,6 +4,7 @@ use tokio::sync::mpsc::Sender;
 
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
+use crate::runtime::aside;
 use crate::runtime::counts::{Count, Counts};
 use crate::state::manifest::{Accounts, PartitionProgress, PreparedFile, StateFile};
 use crate::stream::{Barrier, DeadLetter, Micros, Place, Positions};
@@ -67,11 +68,7 @@ pub struct SourceEpoch {
 /// One epoch is open at a time, so the work of the next one cannot overtake this one.
 pub fn behind(reports: &Sender<Report>, work: impl Future<Output = Result<Report>> + Send + 'static) {
     let reports = reports.clone();
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the runtime spawns; the coordinator waits for the report"
-    )]
-    tokio::spawn(async move {
+    aside::spawn(async move {
         let report = work.await.unwrap_or_else(Report::Failed);
         // Nobody listens any more when the pipeline is already going down.
         reports.send(report).await.ok();

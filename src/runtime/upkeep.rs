@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use crate::connectors::delta::{DeltaConfig, Upkeep as TableUpkeep};
 use crate::error::{Domain, Error, Result};
 use crate::plan::{NodeId, SinkKind, StreamPlan};
+use crate::runtime::aside;
 use crate::runtime::metrics::{Metrics, SinkMetrics};
 use crate::state::manifest::Manifest;
 use crate::state::store::StateStore;
@@ -131,8 +132,7 @@ impl Upkeep {
             return Ok(None);
         }
         let fence = Fence { store: Arc::clone(store), generation: manifest.generation };
-        #[expect(clippy::disallowed_methods, reason = "the runtime spawns; upkeep must not delay commits")]
-        let running = tokio::spawn(run(chores, fence));
+        let running = aside::spawn(run(chores, fence));
         Ok(Some(Self(running)))
     }
 }
