@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::compute::{CastOptions, cast_with_options, take_record_batch};
-use arrow::datatypes::{Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use arrow::row::OwnedRow;
 use arrow::util::display::FormatOptions;
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use hashbrown::HashMap;
 use object_store::{ObjectStoreExt, PutPayload, path::Path};
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_writer::ArrowWriterOptions;
-use parquet::basic::{Compression, ZstdLevel};
+use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
 use serde_json::{Map, Value, json};
@@ -37,6 +37,9 @@ const MAX_OPEN: usize = 128;
 const MAX_OPEN_BYTES: usize = 256 << 20;
 /// Bytes of closed files from which on the writer asks for an upload.
 const UPLOAD_BYTES: usize = 64 << 20;
+/// Bytes of a column's dictionary, from which on its values are written plainly: 32,768 numbers. More of them cost more to
+/// look up than they save in the files of an epoch.
+const DICTIONARY_BYTES: usize = 256 << 10;
 /// Files uploaded at the same time.
 const UPLOADS: usize = 4;
 
@@ -154,7 +157,7 @@ impl DeltaWriter {
             )));
         }
         let options = CastOptions { safe: false, format_options: FormatOptions::new() };
-        let convert = |(column, field): (&ArrayRef, &Arc<arrow::datatypes::Field>)| {
+        let convert = |(column, field): (&ArrayRef, &Arc<Field>)| {
             if column.data_type() == field.data_type() {
                 return Ok(Arc::clone(column));
             }
@@ -325,5 +328,16 @@ pub(super) fn properties(codec: Codec, schema: &Schema) -> Result<WriterProperti
         let column = ColumnPath::new(vec![field.name().clone()]);
         builder = builder.set_column_statistics_enabled(column, EnabledStatistics::None);
     }
-    Ok(builder.build())
+    for field in schema.fields().iter().filter(|field| rises(field)) {
+        let column = ColumnPath::new(vec![field.name().clone()]);
+        builder = builder
+            .set_column_dictionary_enabled(column.clone(), false)
+            .set_column_encoding(column, Encoding::DELTA_BINARY_PACKED);
+    }
+    Ok(builder.set_dictionary_page_size_limit(DICTIONARY_BYTES).build())
+}
+
+/// Offsets and times hardly repeat, so a dictionary of them is work for nothing, and differ little from row to row.
+fn rises(field: &Field) -> bool {
+    field.name() == "_offset" || matches!(field.data_type(), DataType::Timestamp(_, _))
 }
