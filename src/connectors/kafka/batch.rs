@@ -1,4 +1,4 @@
-//! librdkafka's batch poll. The only unsafe code of the crate.
+//! librdkafka's batch poll. Nearly all unsafe code of the crate.
 //!
 //! The queues of the assigned partitions are forwarded to one queue of our own, so that queue holds records and
 //! consumer errors only and can be emptied in bulk. Everything else (logs, lost connections, commit replies) stays

@@ -360,6 +360,8 @@ impl KafkaSinkConfig {
             .set("linger.ms", "5")
             // Java's default, so that one key lands in one partition whoever writes it.
             .set("partitioner", "murmur2_random")
+            // However long the broker is away, a record waits for it, as the source does.
+            .set("message.timeout.ms", "0")
             // What is not acknowledged yet must not fill the memory.
             .set("queue.buffering.max.kbytes", "65536");
         self.settings.apply(&mut config)?;
