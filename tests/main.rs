@@ -37,5 +37,6 @@ mod slt;
 mod state_format;
 mod statements;
 mod status;
+mod verify;
 mod windows;
 mod zombie;

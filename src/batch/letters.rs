@@ -86,6 +86,19 @@ impl State {
         self.newest(&self.manifest.ledger, &columns, limit, (&order, &Ok)).await
     }
 
+    /// (topic, partition, offset) of records that a replay appended to a backup, or was about to append.
+    ///
+    /// # Errors
+    /// External: a file is missing or damaged.
+    pub async fn replayed(&self) -> Result<RecordBatch> {
+        let columns = Arc::new(schema().project(&[4, 5, 6])?);
+        let mut rows = Vec::new();
+        for path in self.store.files().await?.iter().filter(|path| path.starts_with("replayed/")) {
+            rows.extend(self.read(path).await?);
+        }
+        Ok(concat_batches(&columns, &rows)?)
+    }
+
     async fn newest(
         &self,
         segments: &[Segment],

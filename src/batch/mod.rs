@@ -8,10 +8,11 @@ pub mod history;
 mod introspect;
 pub mod letters;
 mod newest;
-mod order;
 mod over;
 #[cfg(feature = "delta")]
 pub mod replay;
+#[cfg(feature = "delta")]
+pub mod verify;
 
 use std::sync::Arc;
 

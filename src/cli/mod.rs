@@ -15,6 +15,8 @@ mod screen;
 mod status;
 mod table;
 mod test;
+#[cfg(feature = "delta")]
+mod verify;
 mod view;
 
 use std::collections::BTreeMap;
@@ -130,6 +132,12 @@ enum Command {
     /// times, each with other cuts, partitions, order within the lateness, parallelism and restarts, and once as a
     /// batch. Differences are on stdout, the exit code is 1 when a case fails.
     Test(test::TestArgs),
+    /// Compares a sink with its view's SQL over the backup, without the rows that the stream left out; exit code 1 on
+    /// any difference.
+    ///
+    /// Reads tables and the state only, whether a process runs or not. Rows that can still change are not compared.
+    #[cfg(feature = "delta")]
+    Verify(verify::VerifyArgs),
 }
 
 #[derive(Debug, Args)]
@@ -278,6 +286,8 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Query(args) => query(args).await,
         Command::Test(args) => return test::run(args).await,
         Command::Plan(args) => return plan::run(args).await,
+        #[cfg(feature = "delta")]
+        Command::Verify(args) => return verify::run(args).await,
         Command::DeadLetters(command) => return dead_letters::run(command).await,
     };
     done.map(|()| ExitCode::SUCCESS)

@@ -14,6 +14,7 @@ mod group;
 mod join;
 mod letters;
 pub mod lower;
+mod order;
 mod prepared;
 pub mod reach;
 #[cfg(feature = "redis")]

@@ -10,6 +10,8 @@ use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
 use datafusion::datasource::TableType;
 use datafusion::error::DataFusionError;
+use datafusion::execution::memory_pool::FairSpillPool;
+use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::execution::session_state::SessionStateBuilder;
 use datafusion::logical_expr::Expr;
 use datafusion::optimizer::OptimizerRule;
@@ -20,6 +22,7 @@ use datafusion::optimizer::simplify_expressions::SimplifyExpressions;
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::prelude::{SessionConfig, SessionContext};
 
+use super::order::TotalOrder;
 use crate::error::Result;
 
 /// Settings that stream and batch share: strings stay Utf8, spans are kept for error places.
@@ -48,9 +51,31 @@ pub fn stream_session() -> Result<SessionContext> {
     with_functions(SessionContext::new_with_state(state))
 }
 
-/// A session that plans batch queries.
+/// A session that plans batch queries. Windows over the rows of a backup break ties as the stream does.
 pub fn batch_session() -> Result<SessionContext> {
-    with_functions(SessionContext::new_with_config(session_config()))
+    batch_session_within(None)
+}
+
+/// The same with a budget in bytes: aggregations, joins and sorts beyond it spill to temporary files.
+///
+/// # Errors
+/// External: there is no place for temporary files.
+pub fn batch_session_within(budget: Option<u64>) -> Result<SessionContext> {
+    let session = match budget {
+        None => SessionContext::new_with_config(session_config()),
+        Some(bytes) => {
+            let pool = FairSpillPool::new(usize::try_from(bytes).unwrap_or(usize::MAX));
+            let runtime = RuntimeEnvBuilder::new().with_memory_pool(Arc::new(pool)).build_arc()?;
+            let mut config = session_config();
+            // What each sort keeps back to merge what it spilt.
+            let execution = &mut config.options_mut().execution;
+            let share = usize::try_from(bytes / 64).unwrap_or(usize::MAX);
+            execution.sort_spill_reservation_bytes = execution.sort_spill_reservation_bytes.min(share);
+            SessionContext::new_with_config_rt(config, runtime)
+        }
+    };
+    session.add_analyzer_rule(Arc::new(TotalOrder));
+    with_functions(session)
 }
 
 fn with_functions(session: SessionContext) -> Result<SessionContext> {

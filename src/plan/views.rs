@@ -55,7 +55,11 @@ impl<'a> ViewPlanner<'a> {
         self.session.state().optimize(&plan).map_err(|error| located(error, place))
     }
 
-    async fn unoptimised(&mut self, query: &Query, place: &Place) -> Result<LogicalPlan> {
+    /// The plan of a query as it stands, views inlined: for a session that analyses it with other plans.
+    ///
+    /// # Errors
+    /// As [`ViewPlanner::query`].
+    pub async fn unoptimised(&mut self, query: &Query, place: &Place) -> Result<LogicalPlan> {
         let mut query = query.clone();
         hide(&mut query, &|name| {
             let source = self.sources.get(name);

@@ -83,6 +83,34 @@ pub async fn newest_epoch(location: &str, app: &str) -> Result<Option<u64>> {
     Ok(version.map_err(|error| failed(location, error))?.and_then(|epoch| u64::try_from(epoch).ok()))
 }
 
+/// The newest version of a table, the state that owns it, and the versions of applications in it.
+pub struct Progress {
+    pub version: u64,
+    pub state_id: Option<String>,
+    /// As asked for.
+    pub applications: Vec<Option<i64>>,
+}
+
+/// What the newest version of a table says of some applications.
+///
+/// # Errors
+/// External: there is no table, or the store failed.
+pub async fn progress(location: &str, applications: &[String]) -> Result<Progress> {
+    let table = load(location, AsOf::Newest).await?;
+    let snapshot = table.snapshot().map_err(|error| failed(location, error))?;
+    let log = table.log_store();
+    let mut versions = Vec::with_capacity(applications.len());
+    for application in applications {
+        let version = snapshot.transaction_version(log.as_ref(), application).await;
+        versions.push(version.map_err(|error| failed(location, error))?);
+    }
+    Ok(Progress {
+        version: snapshot.version(),
+        state_id: snapshot.metadata().configuration().get(super::committer::STATE_PROPERTY).cloned(),
+        applications: versions,
+    })
+}
+
 async fn load(location: &str, as_of: AsOf) -> Result<DeltaTable> {
     let absent = || {
         let hint = "It appears when the pipeline commits its first rows.";
