@@ -9,6 +9,7 @@
 )]
 
 mod access;
+mod asof;
 mod brokers;
 mod case;
 mod changed;

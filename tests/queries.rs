@@ -10,7 +10,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const QUERIES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/queries.py");
 
 /// Python with DuckDB and Delta, or `None` after saying what is skipped.
-fn python(test: &str) -> Option<String> {
+pub fn python(test: &str) -> Option<String> {
     let found = std::env::var("MILLSTREAM_TEST_PYTHON").ok();
     let required = std::env::var("MILLSTREAM_REQUIRE_SERVICES").is_ok_and(|value| value == "1");
     assert!(found.is_some() || !required, "{test} needs MILLSTREAM_TEST_PYTHON");

@@ -4,6 +4,7 @@
 //! backup, a view the same SQL over it ([`history`]). Files are queried by path, `dead_letters` are read from the state.
 //! Only what a query names is opened.
 
+mod asof;
 pub mod history;
 mod introspect;
 pub mod letters;
@@ -54,7 +55,7 @@ pub struct World<'a> {
 /// # Errors
 /// User: SQL. External: a table cannot be read.
 pub async fn query(catalog: &Catalog, plan: &StreamPlan, sql: &str, world: &World<'_>) -> Result<Answer> {
-    let session = batch_session()?.enable_url_table();
+    let session = asof::with_joins(&batch_session()?, plan).enable_url_table();
     let text = SourceText::new("<command line>", sql);
     let mut answer = None;
     for statement in crate::sql::parser::parse(&text, world.variables)? {

@@ -7,6 +7,7 @@
 //! `Display` of a plan is what `EXPLAIN` and `millstream explain` print.
 
 mod accept;
+pub mod as_of;
 pub mod changes;
 mod closing;
 mod fingerprint;

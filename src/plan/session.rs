@@ -22,6 +22,7 @@ use datafusion::optimizer::simplify_expressions::SimplifyExpressions;
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::prelude::{SessionConfig, SessionContext};
 
+use super::as_of::{self, refuse_in};
 use super::order::TotalOrder;
 use crate::error::Result;
 
@@ -48,7 +49,9 @@ pub fn stream_session() -> Result<SessionContext> {
         .with_config(session_config())
         .with_optimizer_rules(rules)
         .build();
-    with_functions(SessionContext::new_with_state(state))
+    let session = SessionContext::new_with_state(state);
+    refuse_in(&session);
+    with_functions(session)
 }
 
 /// A session that plans batch queries. Windows over the rows of a backup break ties as the stream does.
@@ -82,6 +85,7 @@ fn with_functions(session: SessionContext) -> Result<SessionContext> {
     for function in millstream_udfs::all()? {
         session.register_udf(function.as_ref().clone());
     }
+    session.register_udf(as_of::function());
     for function in millstream_udfs::aggregates() {
         session.register_udaf(function.as_ref().clone());
     }

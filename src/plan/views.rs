@@ -139,6 +139,7 @@ pub fn quoted(name: &str) -> datafusion::common::TableReference {
 /// A planning error of DataFusion at its own span, if it has one, else at the statement.
 pub fn located(error: DataFusionError, statement: &Place) -> Error {
     let slip = did_you_mean(&error);
+    let help = error.diagnostic().and_then(|diagnostic| Some(diagnostic.helps.first()?.message.clone()));
     let place = error.diagnostic().and_then(|diagnostic| diagnostic.span).map_or_else(
         || statement.clone(),
         |span| {
@@ -163,7 +164,7 @@ pub fn located(error: DataFusionError, statement: &Place) -> Error {
             .at(place);
     }
     let error = Error::user(lower_first(&message)).at(place);
-    match slip {
+    match slip.or(help) {
         Some(hint) => error.hint(hint),
         None => error,
     }

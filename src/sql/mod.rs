@@ -4,10 +4,11 @@
 //! the tokens of the result carry places of the *original* text from then on, so every later error, DataFusion's
 //! own included, points there. [`parser::parse`] cuts the tokens at `;` and makes one [`Statement`] of each: ours by our
 //! own grammar, every other by DataFusion's parser. [`windows`] writes named windows out in full, [`window_tables`] TUMBLE and HOP as
-//! plain SQL. [`Catalog`] gathers the statements of all files; they may refer forward, and across files.
+//! plain SQL, [`as_of`] moves FOR SYSTEM_TIME AS OF into the condition of its JOIN. [`Catalog`] gathers the statements of all files; they may refer forward, and across files.
 //!
 //! Unquoted names are lowercased, quoted ones kept, as DataFusion does.
 
+pub mod as_of;
 pub mod catalog;
 mod create;
 pub mod interval;

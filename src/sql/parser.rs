@@ -19,7 +19,7 @@ use crate::sql::options::nearest;
 use crate::sql::place::SourceText;
 use crate::sql::statement::{Show, Statement};
 use crate::sql::variables::{Variables, substitute};
-use crate::sql::{window_tables, windows};
+use crate::sql::{as_of, window_tables, windows};
 
 static DIALECT: GenericDialect = GenericDialect {};
 
@@ -47,6 +47,7 @@ pub fn parse(source: &SourceText, variables: &Variables<'_>) -> Result<Vec<State
         .map(|token| TokenWithSpan { span: text.original(token.span), token: token.token })
         .collect();
     free_window_names(&mut tokens);
+    as_of::move_moments(source, &mut tokens)?;
     let statements = tokens.split(|token| token.token == Token::SemiColon);
     statements
         .filter(|tokens| !tokens.is_empty())
