@@ -1,8 +1,10 @@
 //! Contenders for one pipeline over an object store that fails by a seeded schedule: errors before and after a request
-//! took effect, slow answers, "exists" for what we wrote ourselves, answers that break off or are cut short.
+//! took effect, slow answers, "exists" for what we wrote ourselves, answers that break off or are cut short, files of
+//! which only the beginning was stored. (A file that must not be there yet is stored whole or not at all: `connectors::files`
+//! shows that of a local folder, and an object store promises it.)
 //!
 //! What must hold at each moment: the manifests form one chain; the epochs that the sink shows are a prefix of it, each
-//! once; and nothing is deleted that the newest manifest, or a replay of its commits, still needs.
+//! once; nothing is deleted that the newest manifest, or a replay of its commits, still needs; and what it names is whole.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -30,6 +32,7 @@ struct Truth {
     /// The sink: (epoch, offset) of its commits.
     committed: Vec<(u64, u64)>,
     injected: u64,
+    torn: u64,
     deleted: u64,
 }
 
@@ -115,7 +118,12 @@ enum Fault {
     Broken,
     /// The answer is too short, and nothing says so.
     Torn,
+    /// The beginning of the file is stored, and an error says that something went wrong.
+    TornPut,
 }
+
+/// What a state file holds.
+const ROWS: &[u8] = b"rows";
 
 #[derive(Clone)]
 struct Faulty {
@@ -148,8 +156,15 @@ impl Faulty {
             let turns = if truth.dice.roll(20) == 0 { truth.dice.roll(200) } else { truth.dice.roll(3) };
             let fault = match truth.dice.roll(1_000) {
                 at if at >= faulty => Fault::None,
-                at => [Fault::Before, Fault::After, Fault::After, Fault::Exists, Fault::Broken, Fault::Torn]
-                    [at as usize % 6],
+                at => [
+                    Fault::Before,
+                    Fault::After,
+                    Fault::After,
+                    Fault::Exists,
+                    Fault::Broken,
+                    Fault::Torn,
+                    Fault::TornPut,
+                ][at as usize % 7],
             };
             truth.injected += u64::from(fault != Fault::None);
             (turns, fault)
@@ -174,6 +189,14 @@ impl ObjectStore for Faulty {
             return Err(timeout());
         }
         let create = matches!(opts.mode, PutMode::Create);
+        if fault == Fault::TornPut {
+            if !create {
+                let half = Bytes::from(bytes).slice(..ROWS.len() / 2);
+                self.inner.put_opts(at, half.into(), opts).await?;
+                self.truth.lock().unwrap().torn += 1;
+            }
+            return Err(timeout());
+        }
         let json: Vec<u8> = bytes.iter().flat_map(|part| part.to_vec()).collect();
         let put = self.inner.put_opts(at, bytes, opts).await?;
         if create {
@@ -281,7 +304,7 @@ async fn live(store: &Faulty) -> Result<()> {
         let mut next = last.next_data(0);
         next.sources.entry("s".to_owned()).or_default().accounts.read += 1;
         let path = file_name("n", "rows", next.generation, next.epoch, 0);
-        process.put_file(&path, Bytes::from_static(b"rows")).await?;
+        process.put_file(&path, Bytes::from_static(ROWS)).await?;
         let (epoch, generation, node, kind) =
             (next.epoch, next.generation, "n".to_owned(), "rows".to_owned());
         let (min_time, max_time) = (None, None);
@@ -322,13 +345,14 @@ async fn commit(store: &Faulty, manifest: &Manifest) {
     }
 }
 
-async fn contend(seed: u64) -> (usize, u64, u64) {
+async fn contend(seed: u64) -> (usize, u64, u64, u64) {
     let truth = Truth {
         dice: Dice(seed),
         faulty: [0, 60, 250][seed as usize % 3],
         chain: BTreeMap::new(),
         committed: Vec::new(),
         injected: 0,
+        torn: 0,
         deleted: 0,
     };
     let store = Faulty { inner: Arc::new(InMemory::new()), truth: Arc::new(Mutex::new(truth)) };
@@ -351,22 +375,29 @@ async fn contend(seed: u64) -> (usize, u64, u64) {
     live(&store).await.unwrap();
     let newest = store.truth.lock().unwrap().chain.values().next_back().cloned().unwrap();
     for path in newest.referenced() {
-        assert!(store.inner.head(&Path::from(path)).await.is_ok(), "seed {seed}: {path} is gone");
+        let found = store
+            .inner
+            .get(&Path::from(path))
+            .await
+            .unwrap_or_else(|_| panic!("seed {seed}: {path} is gone"));
+        assert_eq!(found.bytes().await.unwrap(), ROWS, "seed {seed}: {path}");
     }
     let truth = store.truth.lock().unwrap();
     let data: Vec<(u64, u64)> =
         truth.chain.values().filter(|m| m.kind == Kind::Data).map(|m| (m.epoch, offset(m))).collect();
     assert!(data.starts_with(&truth.committed), "seed {seed}: {:?} of {data:?}", truth.committed);
     assert!(truth.committed.len() + 1 >= data.len(), "seed {seed}");
-    (truth.committed.len(), truth.injected, truth.deleted)
+    (truth.committed.len(), truth.injected, truth.deleted, truth.torn)
 }
 
 #[tokio::test]
 async fn contenders_over_a_failing_store() {
-    let (mut epochs, mut injected, mut deleted) = (0, 0, 0);
+    let (mut epochs, mut injected, mut deleted, mut torn) = (0, 0, 0, 0);
     for seed in 0..300 {
-        let (committed, faults, gone) = contend(seed).await;
+        let (committed, faults, gone, halves) = contend(seed).await;
+        torn += halves;
         (epochs, injected, deleted) = (epochs + committed, injected + faults, deleted + gone);
     }
     assert!(epochs > 3_000 && injected > 3_000 && deleted > 3_000, "{epochs} {injected} {deleted}");
+    assert!(torn > 100, "{torn}");
 }

@@ -320,6 +320,34 @@ async fn files_and_garbage() {
     }
 }
 
+/// A file system that lost power may keep the beginning of a manifest: nobody takes it for a state, or for none.
+#[tokio::test]
+async fn a_torn_manifest_stops_everybody() {
+    let inner = Arc::new(InMemory::new());
+    let process = StateStore::new(inner.clone(), Path::default(), Clock);
+    let claim = process.claim("shop", 1).await.unwrap().manifest;
+    let next = claim.next_data(0);
+    process.publish(&next).await.unwrap();
+    let path = manifest_path(next.epoch);
+    let whole = inner.get(&Path::from(path.as_str())).await.unwrap().bytes().await.unwrap();
+    for length in 0..whole.len() {
+        inner.put(&Path::from(path.as_str()), whole.slice(..length).into()).await.unwrap();
+        let error = process.latest().await.unwrap_err();
+        assert_eq!(error.domain(), Domain::External);
+        assert!(error.message().contains(&path) && error.hint_text().is_some(), "{length} bytes: {error}");
+        let other = StateStore::new(inner.clone(), Path::default(), Clock);
+        assert!(
+            other.claim("shop", 1).await.is_err() && other.reset("shop").await.is_err(),
+            "{length} bytes"
+        );
+        // Its own writer does not go on behind it either.
+        assert!(process.publish(&next).await.is_err(), "{length} bytes");
+    }
+    assert_eq!(process.files().await.unwrap().len(), 2, "nothing was written");
+    inner.put(&Path::from(path.as_str()), whole.into()).await.unwrap();
+    assert_eq!(process.latest().await.unwrap().unwrap(), next);
+}
+
 #[tokio::test]
 async fn a_damaged_manifest_is_an_error() {
     let store = memory();
