@@ -27,8 +27,31 @@ fn hash(bytes: &[u8]) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
 }
 
+/// The newest version of each table, by the folder of its log.
+async fn versions(crashes: &Crashes) -> BTreeMap<String, u64> {
+    let mut newest = BTreeMap::<String, u64>::new();
+    for meta in store(&crashes.case, &crashes.case.lake).list(None).try_collect::<Vec<_>>().await.unwrap() {
+        let Some((folder, name)) = meta.location.as_ref().rsplit_once('/') else { continue };
+        if let Some(version) = name.strip_suffix(".json").and_then(|version| version.parse().ok()) {
+            let known: &mut u64 = newest.entry(folder.to_owned()).or_insert(version);
+            *known = version.max(*known);
+        }
+    }
+    newest
+}
+
+/// Whether a file is a checkpoint of a log that a process which stopped at these versions may have been writing.
+fn begun(path: &str, stopped_at: &BTreeMap<String, u64>) -> bool {
+    let Some((folder, name)) = path.rsplit_once('/') else { return false };
+    // It names a checkpoint, and that is compared.
+    let Some(version) = name.split('.').next().and_then(|version| version.parse::<u64>().ok()) else {
+        return name == "_last_checkpoint";
+    };
+    name.contains(".checkpoint") && stopped_at.get(folder).is_some_and(|newest| version <= *newest)
+}
+
 /// What there is, and the paths of all state files.
-async fn look(crashes: &Crashes) -> (Seen, Vec<String>) {
+async fn look(crashes: &Crashes, stopped_at: &BTreeMap<String, u64>) -> (Seen, Vec<String>) {
     let case = &crashes.case;
     let mut files = BTreeMap::new();
     let mut state_files = Vec::new();
@@ -38,8 +61,8 @@ async fn look(crashes: &Crashes) -> (Seen, Vec<String>) {
             let path = meta.location.to_string();
             if generation_of(&path).is_some() && name == "state" {
                 state_files.push(path);
-            } else if path.contains("checkpoint") {
-                // Of a Delta log: it repeats what the log says, whoever writes it and whenever.
+            } else if begun(&path, stopped_at) {
+                // Between the fence and the write: it repeats what the log said then.
             } else if ["_delta_log/", "manifest/", ".ndjson"].iter().any(|part| path.contains(part)) {
                 let bytes = located.get(&meta.location).await.unwrap().bytes().await.unwrap();
                 files.insert(format!("{name}/{path}"), hash(&bytes));
@@ -86,6 +109,7 @@ async fn stopped(crashes: &mut Crashes, process: &mut Child, at: &str) {
 /// A successor claims, cleans up and goes on to the end of the topic; then the zombie wakes up.
 async fn wakes_up(crashes: &mut Crashes, mut zombie: Child, at: &str) {
     println!("  {at}");
+    let stopped_at = versions(crashes).await;
     let said = crashes.case.path("zombie.log");
     fs::rename(crashes.case.path("stderr.log"), &said).unwrap();
     crashes.produce(500).await;
@@ -94,7 +118,7 @@ async fn wakes_up(crashes: &mut Crashes, mut zombie: Child, at: &str) {
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     // What a zombie could write: rows that its successor has not seen.
     crashes.produce(500).await;
-    let (before, state_before) = look(crashes).await;
+    let (before, state_before) = look(crashes, &stopped_at).await;
     signal(&zombie, "-CONT");
     let begun = Instant::now();
     let status = loop {
@@ -114,7 +138,7 @@ async fn wakes_up(crashes: &mut Crashes, mut zombie: Child, at: &str) {
         said.contains("error:") && (said.contains("newer process") || said.contains("generation")),
         "{at}: {said}"
     );
-    let (after, state_after) = look(crashes).await;
+    let (after, state_after) = look(crashes, &stopped_at).await;
     for (path, content) in &after.files {
         assert_eq!(before.files.get(path), Some(content), "{at}: {path} was written by a zombie\n{said}");
     }

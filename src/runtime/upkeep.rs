@@ -1,9 +1,11 @@
 //! The background task that looks after the Delta tables of a pipeline: checkpoints of their logs, compaction, vacuum.
 //!
 //! One table at a time, one task per process, and nothing waits for it: neither manifests nor commits. What fails is a
-//! warning and is tried again later. Before it commits or deletes anything it asks the manifests whether this process
-//! still owns the pipeline; what happens between question and deed is settled by the Delta log
-//! (`connectors::delta::upkeep`). A run that is shorter than the first interval does no upkeep.
+//! warning and is tried again later. Before it writes or deletes anything it asks the manifests whether this process
+//! still owns the pipeline. A process that is stopped between question and deed and wakes up late does what it was
+//! about to do; the Delta log settles that (`connectors::delta::upkeep`): a compaction finds the newer generation and is
+//! dropped, what vacuum may delete can never be needed again, and a checkpoint repeats what the log says up to the version
+//! that was read. A run that is shorter than the first interval does no upkeep.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -162,6 +164,7 @@ impl Chores {
         let now = Clock.instant();
         if version / CHECKPOINT_EVERY > self.checkpointed / CHECKPOINT_EVERY && now >= self.checkpoint_at {
             self.checkpoint_at = now + RETRY;
+            fence.check().await?;
             self.checkpointed = self.upkeep.checkpoint().await?.max(version);
             self.checkpoint_at = now;
         }
@@ -175,6 +178,7 @@ impl Chores {
             let files = self.upkeep.expired_files().await?;
             fence.check().await?;
             self.upkeep.delete_files(&files).await?;
+            fence.check().await?;
             let entries = self.upkeep.expire_log().await?;
             if !files.is_empty() || entries > 0 {
                 tracing::info!(%location, files = files.len(), entries, "deleted what nobody needs any more");
