@@ -54,6 +54,8 @@ pub struct Crashes {
     pub case: Case,
     pub dice: Dice,
     chunks: u64,
+    /// Between the checkpoints of [`Crashes::start`].
+    interval: &'static str,
     watch: Option<Watch>,
 }
 
@@ -76,7 +78,7 @@ impl Crashes {
         let seed = seed.unwrap_or_else(now);
         println!("{name}: MILLSTREAM_CRASH_SEED={seed}");
         let watch = Watch::start(&case.services.redis, &case.topic);
-        Some(Self { case, dice: Dice(seed), chunks: 0, watch: Some(watch) })
+        Some(Self { case, dice: Dice(seed), chunks: 0, interval: "100ms", watch: Some(watch) })
     }
 
     /// Rows of a few seconds, disordered by less than the lateness but for one in fifty, and records that are no rows.
@@ -123,7 +125,7 @@ impl Crashes {
         // One shard writes all keys: a flush takes several calls.
         let parallelism =
             if at.is_some_and(|at| at.contains("between")) { "1".to_owned() } else { self.parallelism() };
-        let arguments = ["--checkpoint", "100ms", "--parallelism", &parallelism];
+        let arguments = ["--checkpoint", self.interval, "--parallelism", &parallelism];
         let mut command = self.case.command(&self.case.run_arguments(&arguments));
         if let Some(at) = at {
             command.env(variable, at);
@@ -408,6 +410,100 @@ async fn matrix(name: &str, s3: bool) {
     }
     crashes.finish().await;
     println!("{name}: {cases} kills in {:.0} s", begun.elapsed().as_secs_f64());
+}
+
+/// The newest manifest, and what it has prepared for a table: (sink, location, file).
+async fn prepared(case: &Case) -> (Manifest, Vec<(String, String, String)>) {
+    let state = StateStore::new(store(case, &case.state), object_store::path::Path::default(), Clock);
+    let manifest = state.latest().await.unwrap().unwrap();
+    let tables = ["transactions_backup", "user_features_training", "totals_now", "totals_changes"];
+    let ours = manifest.commits.iter().filter(|commit| tables.contains(&commit.sink.as_str()));
+    let files = ours.flat_map(|commit| {
+        commit.files.iter().map(|file| (commit.sink.clone(), commit.location.clone(), file.path.clone()))
+    });
+    let files = files.collect();
+    (manifest, files)
+}
+
+/// All entries of a table's log.
+async fn log_of(table: &Arc<dyn ObjectStore>) -> String {
+    let folder = object_store::path::Path::from("_delta_log");
+    let listed: Vec<_> = table.list(Some(&folder)).try_collect().await.unwrap();
+    let mut text = String::new();
+    for meta in listed.iter().filter(|meta| meta.location.as_ref().ends_with(".json")) {
+        let bytes = table.get(&meta.location).await.unwrap().bytes().await.unwrap();
+        text.push_str(&String::from_utf8_lossy(&bytes));
+    }
+    text
+}
+
+/// Kills at a step until the epoch that it falls into has rows for every table.
+async fn crash_with_rows(crashes: &mut Crashes, at: &str) -> (Manifest, Vec<(String, String, String)>) {
+    for _ in 0..10 {
+        crashes.crash_at(at).await;
+        let (manifest, files) = prepared(&crashes.case).await;
+        let sinks: BTreeSet<&str> = files.iter().map(|(sink, _, _)| sink.as_str()).collect();
+        if sinks.len() == 4 && manifest.previous_data_epoch.is_some() {
+            return (manifest, files);
+        }
+    }
+    panic!("{at}: no epoch had rows for every table");
+}
+
+/// Somebody else's VACUUM takes files away between the manifest that names them and their commit: the epoch is made
+/// again, for all tables or for those that have not committed it, also if that is interrupted.
+#[tokio::test(flavor = "multi_thread")]
+async fn prepared_files_that_are_gone_are_made_again() {
+    let Some(mut crashes) = Crashes::new("lost", false).await else { return };
+    crashes.interval = "1s";
+    crashes.produce(CHUNK).await;
+    let out = crashes.case.run(&["--until-end", "--checkpoint", "100ms"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let mut made_again = BTreeSet::new();
+    let rounds = [
+        "manifest.after:1",
+        "delta.commit.after:1",
+        "delta.commit.after:3",
+        "upsert.after:1",
+        "manifest.after:2",
+    ];
+    for (round, at) in rounds.into_iter().enumerate() {
+        let (manifest, files) = crash_with_rows(&mut crashes, at).await;
+        let mut left = Vec::new();
+        for (_, location, path) in &files {
+            let table = store(&crashes.case, location);
+            // What is committed belongs to the table.
+            if !log_of(&table).await.contains(path.rsplit('/').next().unwrap()) {
+                left.push((table, object_store::path::Path::parse(path).unwrap()));
+            }
+        }
+        for (nth, (table, path)) in left.iter().enumerate() {
+            // All of them, or some; the table that comes last is never committed yet.
+            if round % 2 == 0 || nth % 2 == 0 || nth + 1 == left.len() {
+                // A MERGE that is done has removed its files.
+                table.delete(path).await.ok();
+            }
+        }
+        if round == 2 {
+            // Interrupted, it leaves all as it was.
+            crashes.crash_at("state.after:1").await;
+        }
+        let parallelism = crashes.parallelism();
+        let log = crashes.case.run(&["--until-end", "--checkpoint", "100ms", "--parallelism", &parallelism]);
+        let log = String::from_utf8_lossy(&log.stderr).into_owned();
+        let (after, _) = prepared(&crashes.case).await;
+        assert!(after.data_epoch > manifest.data_epoch, "{at}: it did not go on\n{log}");
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains("the epoch is made again")).collect();
+        assert!(!lines.is_empty(), "{at}: nothing was made again\n{log}");
+        for line in lines {
+            assert!(line.contains(&format!("epoch={}", manifest.data_epoch.unwrap())), "{at}: {line}");
+            let sink =
+                files.iter().map(|(sink, _, _)| sink).find(|sink| line.contains(&format!("sink={sink} ")));
+            made_again.extend(sink.cloned());
+        }
+    }
+    assert_eq!(made_again.len(), 4, "{made_again:?}");
+    crashes.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

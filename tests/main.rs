@@ -13,6 +13,7 @@ mod asof;
 mod brokers;
 mod case;
 mod changed;
+mod closing;
 mod compaction;
 mod crash;
 mod delta;

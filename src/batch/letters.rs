@@ -58,7 +58,7 @@ pub async fn open(state: &str) -> Result<State> {
             "Name the pipeline with --name, as `run` did (`dev` adds -dev), or its folder with --state.",
         )
     };
-    let located = files::open_existing(state)?.ok_or_else(absent)?;
+    let located = files::open_existing_private(state)?.ok_or_else(absent)?;
     files::probe(&located).await?;
     let store = StateStore::new(located.store, object_store::path::Path::default(), Clock);
     let manifest = store.latest().await?.ok_or_else(absent)?;

@@ -150,8 +150,8 @@ async fn restore(name: &str, location: &str, epoch: u64, into_state: &str, into_
                                         not need it"))
             .hint("Copy one that `millstream checkpoints ls` shows as whole, or run over all records in a new state."));
     }
-    files::private(into_state)?;
-    let target = StateStore::new(files::open(into_state)?.store, object_store::path::Path::default(), Clock);
+    let target =
+        StateStore::new(files::open_private(into_state)?.store, object_store::path::Path::default(), Clock);
     let copy = store.copy_to(&manifest, &target, into_name).await?;
     eprintln!("copied epoch {epoch} of {name}: {} files to {into_state}", copy.referenced().len());
     eprintln!(

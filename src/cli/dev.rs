@@ -54,7 +54,7 @@ pub async fn run(args: DevArgs) -> Result<()> {
     let metrics = Metrics::of(&plan);
     let (stop, stopped) = watch::channel(false);
     let (stop_producer, producer_stopped) = watch::channel(false);
-    let signals = progress::on_signal(stop_producer)?;
+    let signals = progress::on_signal(stop_producer, Arc::clone(&metrics), true)?;
     eprintln!("dev: embedded kafka at {}, state in {state}", broker.bootstrap_servers());
     if memory {
         eprintln!("dev: no Redis answers, newest values stay in memory and in the state folder");
@@ -85,7 +85,7 @@ pub async fn run(args: DevArgs) -> Result<()> {
     let both = async { tokio::try_join!(main, feed) };
     tokio::select! {
         done = both => done.map(|_| ())?,
-        never = signals => match never {},
+        ended = signals => return Err(ended),
         never = lines => match never {},
     }
     eprintln!("{}", progress::line(&metrics, 0));

@@ -87,7 +87,7 @@ impl StateArgs {
 
 /// A state for reading: a folder that is not there is not made.
 fn existing_state(location: &str) -> Result<Option<StateStore>> {
-    let located = files::open_existing(location)?;
+    let located = files::open_existing_private(location)?;
     let root = object_store::path::Path::default();
     Ok(located.map(|located| StateStore::new(located.store, root, Clock)))
 }
@@ -219,7 +219,15 @@ pub fn main() -> ExitCode {
         .init();
     let done = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let done = done.map_err(|e| Error::external("the async runtime cannot be started").because(e));
-    match done.and_then(|runtime| runtime.block_on(dispatch(cli.command))) {
+    let done = done.and_then(|runtime| {
+        let done = runtime.block_on(dispatch(cli.command));
+        if done.is_err() {
+            // What still blocks, as on a disk that does not answer, is left behind.
+            runtime.shutdown_background();
+        }
+        done
+    });
+    match done {
         Ok(code) => code,
         Err(error) => {
             eprint!("{}", render(&error));
@@ -364,12 +372,12 @@ async fn run(args: RunArgs) -> Result<()> {
     };
     let metrics = Metrics::of(&plan);
     let (stop, stopped) = tokio::sync::watch::channel(false);
-    let signals = progress::on_signal(stop)?;
+    let signals = progress::on_signal(stop, Arc::clone(&metrics), false)?;
     let show = live::Show { plain: args.plain, title: format!("run {name}"), sample: false };
     let lines = live::show(Arc::clone(&metrics), show)?;
     let done = tokio::select! {
         done = crate::runtime::run(plan, options, Arc::clone(&metrics), stopped) => done,
-        never = signals => match never {},
+        ended = signals => Err(ended),
         never = lines => match never {},
     }?;
     let how = match done {

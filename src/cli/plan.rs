@@ -61,6 +61,11 @@ fn table(found: &Changes, name: &str, state: &str) -> Result<()> {
             lines.iter().for_each(|line| text.push_str(&format!("        {line}\n")));
         }
     }
+    for table in &found.lookups {
+        text.push_str(&format!(
+            "table {table}: other rows than in the run before; what was joined stays, what comes is joined with the new ones\n"
+        ));
+    }
     output::text(&text)?;
     found.refusals.iter().for_each(|error| eprint!("{}", render(error)));
     if found.items.iter().any(Item::is_changed) {
@@ -87,6 +92,7 @@ fn json(found: &Changes, name: &str, state: &str) -> Result<()> {
         "starts": found.starts(),
         "items": found.items.iter().map(item).collect::<Vec<_>>(),
         "refusals": refusals,
+        "lookups": found.lookups,
     });
     output::text(&format!("{value:#}\n"))
 }

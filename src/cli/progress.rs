@@ -13,27 +13,49 @@ use crate::runtime::Metrics;
 use crate::runtime::coordinator::shown_watermark;
 use crate::runtime::freshness::quantile;
 
-/// Turns Ctrl-C and SIGTERM into the stop of a run: last checkpoint, then out.
+/// Turns Ctrl-C and SIGTERM into the stop of a run: last checkpoint, then out. A second one does not wait for it, as when
+/// a disk is full or a server does not answer: then the future ends with what that means. `forgets`: the source is gone
+/// with the process.
 ///
 /// # Errors
 /// External: signals cannot be watched.
-pub fn on_signal(stop: Sender<bool>) -> Result<impl Future<Output = Infallible>> {
+pub fn on_signal(
+    stop: Sender<bool>,
+    metrics: Arc<Metrics>,
+    forgets: bool,
+) -> Result<impl Future<Output = Error>> {
     let fail = |error: std::io::Error| Error::external("signals cannot be watched").because(error);
     let mut interrupt = signal(SignalKind::interrupt()).map_err(fail)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(fail)?;
     Ok(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
+        let mut next = async || {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        };
+        next().await;
         super::live::STOPPING.store(true, Ordering::Relaxed);
-        super::screen::note("stopping: last checkpoint");
+        super::screen::note("stopping: last checkpoint (once more: at once, without it)");
         stop.send_replace(true);
-        // Keeps the sender alive: a closed channel is no stop.
-        let never = std::future::pending().await;
+        next().await;
+        // Alive until now: a closed channel is no stop.
         drop(stop);
-        never
+        at_once(metrics.epoch.load(Ordering::Relaxed), forgets)
     })
+}
+
+/// What an end without a last checkpoint means; `epoch`: of the newest one, 0 for none of this run.
+fn at_once(epoch: u64, forgets: bool) -> Error {
+    let since = match epoch {
+        0 => "what this run has read".to_owned(),
+        epoch => format!("what was read since checkpoint {epoch}"),
+    };
+    let hint = match forgets {
+        true => "Rows of before the checkpoint are kept; those since are gone with the embedded broker.",
+        false => "Nothing is lost: the next start reads it again. Until then it is in no table.",
+    };
+    Error::external(format!("ended at once, without a last checkpoint: {since} is not durable")).hint(hint)
 }
 
 /// Prints a line every second, and with `rows` some of the newest features below it.

@@ -116,7 +116,7 @@ fn head(snapshot: &Snapshot, width: usize) -> Line {
         None => "no checkpoint yet".to_owned(),
     };
     let (style, end) = match snapshot.stopping {
-        true => (Style::Bad, "stopping: last checkpoint"),
+        true => (Style::Bad, "stopping: last checkpoint; Ctrl-C once more: at once"),
         false => (Style::Dim, "Ctrl-C stops"),
     };
     let title = format!("millstream {}", snapshot.title);

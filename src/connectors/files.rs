@@ -3,7 +3,7 @@
 //! S3 credentials come by the usual chain of `AWS_*` variables; `AWS_ENDPOINT_URL` names another server, which is then
 //! addressed path-style. Manifests and Delta commits need its conditional PUT, which is on by default.
 
-use std::path::{Path as FilePath, PathBuf};
+use std::path::{Component, Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -72,13 +72,49 @@ fn parse(location: &str) -> Result<Location> {
     }
 }
 
+/// A location in words that are the same for the same place, however it is written. Nothing is touched, so symlinks are
+/// not seen through; a location that is none stays as it is.
+pub fn same_place(location: &str) -> String {
+    match parse(location) {
+        Ok(Location::Local(path)) => {
+            let mut whole = PathBuf::new();
+            for part in std::path::absolute(&path).unwrap_or(path).components() {
+                match part {
+                    Component::ParentDir => drop(whole.pop()),
+                    Component::CurDir => {}
+                    part => whole.push(part),
+                }
+            }
+            whole.to_string_lossy().into_owned()
+        }
+        Ok(Location::Bucket(url)) => {
+            let parts = url.path().split('/').filter(|part| !part.is_empty());
+            parts.fold(format!("s3://{}", url.host_str().unwrap_or_default()), |all, part| all + "/" + part)
+        }
+        Err(_) => location.to_owned(),
+    }
+}
+
 /// Opens a location; a local folder is created.
 ///
 /// # Errors
 /// User: a scheme that is not known. External: a folder that cannot be made, S3 settings that are missing.
 pub fn open(location: &str) -> Result<Located> {
+    opened(location, false)
+}
+
+/// Opens a state's location: a local folder, and what is written there, is for its owner alone.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn open_private(location: &str) -> Result<Located> {
+    private(location)?;
+    opened(location, true)
+}
+
+fn opened(location: &str, private: bool) -> Result<Located> {
     match parse(location)? {
-        Location::Local(path) => local(&path),
+        Location::Local(path) => local(&path, private),
         Location::Bucket(url) => {
             let store = bucket(&url)?;
             let prefix = Path::from_url_path(url.path())
@@ -96,6 +132,17 @@ pub fn open_existing(location: &str) -> Result<Option<Located>> {
     match parse(location)? {
         Location::Local(path) if !path.is_dir() => Ok(None),
         _ => open(location).map(Some),
+    }
+}
+
+/// As [`open_existing`], of a state: a file that is written there is for its owner alone.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn open_existing_private(location: &str) -> Result<Option<Located>> {
+    match parse(location)? {
+        Location::Local(path) if !path.is_dir() => Ok(None),
+        _ => opened(location, true).map(Some),
     }
 }
 
@@ -145,7 +192,7 @@ pub async fn probe(located: &Located) -> Result<()> {
     }
 }
 
-fn local(path: &FilePath) -> Result<Located> {
+fn local(path: &FilePath, private: bool) -> Result<Located> {
     let fail = |error: std::io::Error| {
         let hint = "Choose a folder that this user may write to.";
         Error::external(format!("the folder {} cannot be made", path.display())).because(error).hint(hint)
@@ -154,8 +201,8 @@ fn local(path: &FilePath) -> Result<Located> {
     let path = path.canonicalize().map_err(fail)?;
     let url = Url::from_directory_path(&path)
         .map_err(|()| Error::user(format!("{} is no location", path.display())))?;
-    let store = LocalFileSystem::new_with_prefix(&path)?;
-    Ok(Located { store: Arc::new(Patient(store)), url })
+    let files = LocalFileSystem::new_with_prefix(&path)?;
+    Ok(Located { store: Arc::new(Patient { files, private }), url })
 }
 
 /// `None` for a path.
@@ -167,7 +214,7 @@ fn scheme(location: &str) -> Option<&str> {
 ///
 /// # Errors
 /// External: the folder cannot be made.
-pub fn private(location: &str) -> Result<()> {
+fn private(location: &str) -> Result<()> {
     let Location::Local(path) = parse(location)? else { return Ok(()) };
     let made = std::fs::create_dir_all(&path);
     #[cfg(unix)]
@@ -206,6 +253,18 @@ mod tests {
     }
 
     #[test]
+    fn one_place_has_one_name() {
+        let here = std::env::current_dir().unwrap();
+        let lake = here.join("lake").to_string_lossy().into_owned();
+        for same in ["./lake", "lake/", "a/../lake/.", &lake, &format!("file://{lake}"), "file://./lake"] {
+            assert_eq!(same_place(same), lake, "{same}");
+        }
+        assert_ne!(same_place("./lake2"), lake);
+        assert_eq!(same_place("s3://b/x//y/"), same_place("s3://b/x/y"));
+        assert_ne!(same_place("s3://b/x"), same_place("s3://c/x"));
+    }
+
+    #[test]
     fn bad_locations_are_refused() {
         let error = open("gs://bucket/x").unwrap_err();
         assert!(error.message().contains("gs"), "{error}");
@@ -215,12 +274,56 @@ mod tests {
     }
 
     #[cfg(unix)]
-    #[test]
-    fn a_private_folder_is_private() {
+    #[tokio::test]
+    async fn what_is_private_is_for_its_owner_alone() {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");
-        private(&path.to_string_lossy()).unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+        let store = open_private(&path.to_string_lossy()).unwrap().store;
+        let create = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        store.put_opts(&Path::from("manifest/1"), "{}".into(), create).await.unwrap();
+        store.put(&Path::from("a/b/c"), "rows".into()).await.unwrap();
+        let mode = |of: &str| std::fs::metadata(path.join(of)).unwrap().permissions().mode() & 0o777;
+        assert_eq!(["", "manifest", "a", "a/b"].map(mode), [0o700; 4]);
+        assert_eq!(["manifest/1", "a/b/c"].map(mode), [0o600; 2]);
+        // A table is for whoever may read the folder.
+        let lake = open(&folder.path().join("lake").to_string_lossy()).unwrap().store;
+        lake.put(&Path::from("t/f"), "rows".into()).await.unwrap();
+        let plain = folder.path().join("plain");
+        std::fs::write(&plain, "").unwrap();
+        let of = |path: PathBuf| std::fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(of(folder.path().join("lake/t/f")), of(plain));
+    }
+
+    /// A state relies on it: a manifest is there whole or not at all, and once.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_file_is_created_whole_and_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = folder.path().to_string_lossy().into_owned();
+        for round in 0..50 {
+            let name = Path::from(format!("m/{round}"));
+            let create = |writer: u8| {
+                let (store, name) = (open_private(&location).unwrap().store, name.clone());
+                async move {
+                    let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+                    store.put_opts(&name, vec![writer; 1 << 20].into(), options).await.is_ok()
+                }
+            };
+            let read = async {
+                let store = open(&location).unwrap().store;
+                loop {
+                    match store.get(&name).await {
+                        Ok(found) => return found.bytes().await.unwrap(),
+                        Err(object_store::Error::NotFound { .. }) => tokio::task::yield_now().await,
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            };
+            let (first, second, found) = tokio::join!(create(1), create(2), read);
+            assert!(first != second, "both or none made it");
+            assert_eq!(found.len(), 1 << 20);
+            let writer = if first { 1 } else { 2 };
+            assert!(found.iter().all(|byte| *byte == writer), "it is the one whose writer was told so");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! A local store that waits when its disk is full: one message, then a try every few seconds until there is room. A
-//! file is written under another name first and then renamed, so that nothing of a failed try can be taken for it.
+//! file is written under another name first and then renamed (a file that must not be there yet: linked), so that nothing
+//! of a failed try, or of a process that died in the middle, can be taken for it.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -21,11 +22,15 @@ use object_store::{
 const PAUSE: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
-pub struct Patient(pub LocalFileSystem);
+pub struct Patient {
+    pub files: LocalFileSystem,
+    /// What is written is for its owner alone: files have mode 0600, folders that are made 0700.
+    pub private: bool,
+}
 
 impl fmt::Display for Patient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        self.files.fmt(f)
     }
 }
 
@@ -42,21 +47,43 @@ pub fn is_full(error: &(dyn StdError + 'static)) -> bool {
     false
 }
 
+impl Patient {
+    async fn put(&self, at: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        #[cfg(unix)]
+        if self.private {
+            use std::fs::{DirBuilder, Permissions, set_permissions};
+            use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+            let failed = |error: std::io::Error| object_store::Error::Generic {
+                store: "LocalFileSystem",
+                source: Box::new(error),
+            };
+            let path = self.files.path_to_filesystem(at)?;
+            if let Some(folder) = path.parent() {
+                DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
+            }
+            let put = self.files.put_opts(at, payload, options).await?;
+            set_permissions(&path, Permissions::from_mode(0o600)).map_err(failed)?;
+            return Ok(put);
+        }
+        self.files.put_opts(at, payload, options).await
+    }
+}
+
 #[async_trait]
 impl ObjectStore for Patient {
     async fn put_opts(&self, at: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         let mut waited = false;
         loop {
-            match self.0.put_opts(at, payload.clone(), options.clone()).await {
+            match self.put(at, payload.clone(), options.clone()).await {
                 Err(error) if is_full(&error) => {
                     if !std::mem::replace(&mut waited, true) {
-                        tracing::warn!(store = %self.0, "the disk is full; writing waits until there is room");
+                        tracing::warn!(store = %self.files, "the disk is full; writing waits until there is room");
                     }
                     tokio::time::sleep(PAUSE).await;
                 }
                 settled => {
                     if waited {
-                        tracing::warn!(store = %self.0, "writing goes on");
+                        tracing::warn!(store = %self.files, "writing goes on");
                     }
                     return settled;
                 }
@@ -69,23 +96,23 @@ impl ObjectStore for Patient {
         at: &Path,
         options: PutMultipartOptions,
     ) -> Result<Box<dyn MultipartUpload>> {
-        self.0.put_multipart_opts(at, options).await
+        self.files.put_multipart_opts(at, options).await
     }
 
     async fn get_opts(&self, at: &Path, options: GetOptions) -> Result<GetResult> {
-        self.0.get_opts(at, options).await
+        self.files.get_opts(at, options).await
     }
 
     async fn get_ranges(&self, at: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
-        self.0.get_ranges(at, ranges).await
+        self.files.get_ranges(at, ranges).await
     }
 
     fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.0.delete_stream(paths)
+        self.files.delete_stream(paths)
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.0.list(prefix)
+        self.files.list(prefix)
     }
 
     fn list_with_offset(
@@ -93,18 +120,18 @@ impl ObjectStore for Patient {
         prefix: Option<&Path>,
         offset: &Path,
     ) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.0.list_with_offset(prefix, offset)
+        self.files.list_with_offset(prefix, offset)
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.0.list_with_delimiter(prefix).await
+        self.files.list_with_delimiter(prefix).await
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.0.copy_opts(from, to, options).await
+        self.files.copy_opts(from, to, options).await
     }
 
     async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
-        self.0.rename_opts(from, to, options).await
+        self.files.rename_opts(from, to, options).await
     }
 }

@@ -26,6 +26,7 @@ pub mod session;
 pub mod sinks;
 pub mod source;
 pub mod tables;
+mod targets;
 pub mod views;
 mod window;
 
@@ -142,6 +143,25 @@ impl StreamPlan {
             NodeKind::Sink(sink) => Some((id, sink)),
             _ => None,
         })
+    }
+
+    /// The part of the plan that some sinks need. Nodes keep their ids; their numbers are new.
+    pub fn only(&self, sinks: &[NodeId]) -> Self {
+        let mut needed: Vec<bool> = (0..self.nodes.len()).map(|id| sinks.contains(&id)).collect();
+        // Inputs come before the nodes that read them.
+        for id in (0..self.nodes.len()).rev() {
+            if needed[id] {
+                self.nodes[id].inputs.iter().for_each(|edge| needed[edge.from] = true);
+            }
+        }
+        let (mut nodes, mut numbers) = (Vec::new(), vec![0; self.nodes.len()]);
+        for (id, node) in self.nodes.iter().enumerate().filter(|(id, _)| needed[*id]) {
+            numbers[id] = nodes.len();
+            let mut node = node.clone();
+            node.inputs.iter_mut().for_each(|edge| edge.from = numbers[edge.from]);
+            nodes.push(node);
+        }
+        Self { nodes }
     }
 
     /// Finds what the secrets among the options stand for (`environment` gives the variables): right before the plan is

@@ -26,6 +26,7 @@ use crate::plan::lower::{Emission, Lowered, Lowering};
 use crate::plan::session::stream_session;
 use crate::plan::source::all_sources;
 use crate::plan::tables::scans;
+use crate::plan::targets;
 use crate::plan::views::ViewPlanner;
 use crate::plan::window::contains_window;
 use crate::plan::{Edge, NodeKind, SourcePlan, StreamPlan};
@@ -160,6 +161,7 @@ pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
         add_sink(&mut lowering, sink, &plan, &sources)?;
     }
     letters::check_pipeline(&lowering.plan, catalog)?;
+    targets::check(&lowering.plan, catalog)?;
     Ok(lowering.plan)
 }
 

@@ -11,7 +11,7 @@ use crate::connectors::files;
 use crate::error::{Error, Result};
 use crate::plan::changes::{Change, Comparison, Item};
 use crate::plan::{NodeId, SinkKind, SinkPlan, StreamPlan};
-use crate::runtime::tables;
+use crate::runtime::{lookups, tables};
 use crate::state::manifest::Manifest;
 use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
@@ -23,6 +23,8 @@ pub struct Changes {
     pub items: Vec<Item>,
     /// Why a run would not start, besides what is changed.
     pub refusals: Vec<Error>,
+    /// Look-up tables without `refresh` whose rows are others than in the run before.
+    pub lookups: Vec<String>,
 }
 
 impl Changes {
@@ -71,7 +73,13 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
             }
         }
     }
-    Ok(Changes { epoch: latest.map(|latest| latest.epoch), items: compared.items, refusals })
+    let lookups = match &latest {
+        Some(latest) if !latest.lookups.is_empty() => {
+            lookups::changed(&latest.lookups, &lookups::digests(plan).await?)
+        }
+        _ => Vec::new(),
+    };
+    Ok(Changes { epoch: latest.map(|latest| latest.epoch), items: compared.items, refusals, lookups })
 }
 
 /// Gives the plan's nodes the ids of the state.

@@ -97,7 +97,7 @@ pub async fn run(
     metrics: Arc<Metrics>,
     stop: watch::Receiver<bool>,
 ) -> Result<Outcome> {
-    let mut world = open(&mut plan, &options.name, &options.state).await?;
+    let mut world = open(&mut plan, &options).await?;
     let plan = Arc::new(plan);
     if world.manifest.closed {
         return Ok(Outcome::AlreadyClosed);
@@ -183,6 +183,9 @@ impl Coordinator {
     async fn epoch(&mut self, last: bool, close: bool) -> Result<()> {
         let mut next = self.last.next_data(Clock.unix_millis());
         let barrier = Barrier { epoch: next.epoch, last };
+        if close {
+            self.hold().await?;
+        }
         crash::point("barrier.before");
         for command in &self.tasks.commands {
             let sent = command.send(Command::Cut { barrier, close }).await;
@@ -214,6 +217,27 @@ impl Coordinator {
             self.compaction.begin(&self.plan, &self.world.store, &next);
         }
         self.last = next;
+        Ok(())
+    }
+
+    /// Stops all shards of the source before one of them raises the watermark to the end: what another one still read
+    /// would be late.
+    async fn hold(&mut self) -> Result<()> {
+        for command in &self.tasks.commands {
+            if command.send(Command::Hold).await.is_err() {
+                return Err(self.reason().await);
+            }
+        }
+        let mut held = 0;
+        while held < self.tasks.commands.len() {
+            match self.tasks.reports.recv().await {
+                Some(Report::Held) => held += 1,
+                Some(Report::AtEnd { .. }) => self.ended += 1,
+                Some(Report::Failed(error)) => return Err(error),
+                Some(_) => return Err(Error::internal("a task reported an epoch that is not open")),
+                None => return Err(Error::internal("all tasks are gone")),
+            }
+        }
         Ok(())
     }
 
@@ -313,6 +337,7 @@ impl Coordinator {
         next.stopped = last;
         next.interval_ms = u64::try_from(self.options.checkpoint.as_millis()).ok();
         changes::forget(&self.plan, next);
+        next.lookups.clone_from(&self.world.digests);
         counts::letters(next, &dead);
         let (name, late) = self.fill_source(next, &gathered.sources);
         let mut counted = std::mem::take(&mut gathered.counts);

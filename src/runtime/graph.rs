@@ -377,6 +377,7 @@ impl Graph<'_> {
                 runtime: tokio::runtime::Handle::current(),
                 clock: Clock,
                 watermarks: watermarks.clone(),
+                decided: self.world.decided.clone(),
                 chain,
                 positions,
                 ends,

@@ -21,6 +21,8 @@ mod lookups;
 pub mod memory;
 pub mod metrics;
 mod online;
+#[cfg(feature = "delta")]
+mod remake;
 #[cfg(feature = "redis")]
 mod remote;
 pub mod report;

@@ -19,10 +19,6 @@ impl Tables {
         Ok(Self::default())
     }
 
-    pub async fn take_over(&mut self, _: &StreamPlan, _: &Manifest) -> Result<()> {
-        Ok(())
-    }
-
     pub async fn commit(&mut self, _: &StreamPlan, _: &Manifest, _: &Metrics) -> Result<()> {
         Ok(())
     }

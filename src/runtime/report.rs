@@ -32,6 +32,8 @@ pub enum Report {
     AtEnd {
         shard: usize,
     },
+    /// A source shard reads nothing until it is cut.
+    Held,
     Failed(Error),
 }
 
@@ -78,7 +80,9 @@ pub fn behind(reports: &Sender<Report>, work: impl Future<Output = Result<Report
 /// From the coordinator to a source shard.
 #[derive(Debug, Clone)]
 pub enum Command {
-    /// Cut here. `close`: no row follows, raise the watermark to the end first.
+    /// Read nothing until the cut: others are about to raise the watermark to the end.
+    Hold,
+    /// Cut here. `close`: no row follows, raise the watermark to the end first; every shard is held.
     Cut { barrier: Barrier, close: bool },
     /// Read this partition too, from the offset on.
     Add { place: Place, next: i64 },

@@ -18,7 +18,7 @@ use crate::runtime::chain::{Chain, Outgoing};
 use crate::runtime::metrics::{Metrics, SourceMetrics};
 use crate::runtime::report::{Command, Report, SourceEpoch};
 use crate::runtime::standstill::Standstill;
-use crate::runtime::watermark::SourceClock;
+use crate::runtime::watermark::{Decided, SourceClock};
 use crate::state::manifest::PartitionProgress;
 use crate::stream::clock::Clock;
 use crate::stream::{
@@ -43,6 +43,8 @@ pub struct SourceTask {
     pub runtime: tokio::runtime::Handle,
     pub clock: Clock,
     pub watermarks: SourceClock,
+    /// Lateness and watermark, where an epoch runs again.
+    pub decided: Option<Arc<Decided>>,
     pub chain: Chain,
     pub positions: Positions,
     /// Where `--until-end` is satisfied.
@@ -62,6 +64,7 @@ pub struct SourceState {
     late: Vec<bool>,
     sent: Option<Micros>,
     told_end: bool,
+    held: bool,
     /// The last cut whose positions the outside was not told.
     cut: Option<(u64, Positions)>,
     /// Instant of the last row per place, once its end was seen.
@@ -85,8 +88,12 @@ impl SourceTask {
     pub fn run(mut self) -> Result<()> {
         let mut out = Outgoing::new();
         loop {
-            while let Ok(command) = self.commands.try_recv() {
+            while let Some(command) = self.next_command() {
                 match command {
+                    Command::Hold => {
+                        self.state.held = true;
+                        self.report(Report::Held)?;
+                    }
                     Command::Cut { barrier, close } => {
                         self.cut(barrier, close, &mut out)?;
                         if barrier.last {
@@ -112,6 +119,14 @@ impl SourceTask {
             let lag = self.reader.lag().max(self.state.standstill.lag(&self.positions));
             self.counted.lag.fetch_add(lag - std::mem::replace(&mut self.state.lag, lag), Ordering::Relaxed);
             self.tell_end()?;
+        }
+    }
+
+    /// What is to be done before the next poll; waits while held.
+    fn next_command(&mut self) -> Option<Command> {
+        match self.state.held {
+            true => self.commands.blocking_recv(),
+            false => self.commands.try_recv().ok(),
         }
     }
 
@@ -142,6 +157,9 @@ impl SourceTask {
     fn cut(&mut self, barrier: crate::stream::Barrier, close: bool, out: &mut Outgoing) -> Result<()> {
         if close {
             self.watermarks.close();
+        }
+        if let Some(watermark) = self.decided.as_ref().and_then(|decided| decided.watermark) {
+            self.watermarks.raise(watermark);
         }
         self.forward_watermark(out);
         let known = self.watermarks.partitions();
@@ -307,7 +325,14 @@ impl SourceTask {
         self.state.epoch.accounts.accepted += batch.num_rows() as u64;
         let mut late = std::mem::take(&mut self.state.late);
         late.clear();
-        if self.plan.event_time.is_some() {
+        if let Some(decided) = &self.decided {
+            let known = |row: usize| {
+                let (_, place, offset) = batch.origin.key(row);
+                let place = Place(place);
+                decided.late.contains(&(place.topic(), place.partition(), offset))
+            };
+            late.extend((0..batch.num_rows()).map(known));
+        } else if self.plan.event_time.is_some() {
             let places: Vec<Place> = batch.origin.place.values().iter().map(|place| Place(*place)).collect();
             self.watermarks.observe(&places, batch.origin.time.values(), &mut late);
         }

@@ -1,7 +1,7 @@
 //! The start of a pipeline: look, claim, replay, restore. Nothing is written before the claim.
 //!
 //! Order (DESIGN §5): reach every outside system; claim by a manifest with a new generation; create missing tables in
-//! commits of their own; replay the last manifest's prepared commits unchanged; look at the online stores' fences,
+//! commits of their own; replay the last manifest's prepared commits unchanged, or make them again (`remake`); look at the online stores' fences,
 //! raise them and read how far they had seen; restore operators. Then tasks are spawned.
 
 use std::collections::BTreeMap;
@@ -14,11 +14,15 @@ use crate::connectors::memory::MemoryStore;
 use crate::connectors::{OnlineStore, PartitionInfo, SourceConnector, files};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
+use crate::runtime::RunOptions;
 use crate::runtime::changes;
-use crate::runtime::lookups::Lookups;
+use crate::runtime::lookups::{self, Digests, Lookups};
+#[cfg(feature = "delta")]
+use crate::runtime::remake::Past;
 use crate::runtime::staged;
 
 use crate::runtime::tables::Tables;
+use crate::runtime::watermark::Decided;
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
 use crate::state::manifest::Manifest;
@@ -30,6 +34,8 @@ use crate::stream::{Place, Positions, crash};
 pub struct World {
     pub store: Arc<StateStore>,
     pub manifest: Manifest,
+    /// Epoch of our claim.
+    pub claimed: u64,
     /// Files of older generations that nothing refers to.
     pub orphans: Vec<String>,
     pub source: Arc<dyn SourceConnector>,
@@ -42,6 +48,10 @@ pub struct World {
     pub online: BTreeMap<NodeId, Online>,
     /// Tables of look-up joins.
     pub lookups: Arc<Lookups>,
+    /// What is in those that are read once.
+    pub digests: Digests,
+    /// Of an epoch that runs again.
+    pub decided: Option<Arc<Decided>>,
 }
 
 /// An online store, reached and, unless it was emptied, fenced.
@@ -59,9 +69,9 @@ pub struct Online {
 /// External: something cannot be reached. User: the state or the tables do not fit the SQL. Fenced: overtaken.
 ///
 /// Nodes of the plan get the ids under which the state knows them.
-pub async fn open(plan: &mut StreamPlan, name: &str, state: &str) -> Result<World> {
-    files::private(state)?;
-    let located = files::open(state)?;
+pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> {
+    let RunOptions { name, state, .. } = options;
+    let located = files::open_private(state)?;
     files::probe(&located).await?;
     let store = Arc::new(StateStore::new(located.store, object_store::path::Path::default(), Clock));
     let latest = store.latest().await?;
@@ -73,7 +83,9 @@ pub async fn open(plan: &mut StreamPlan, name: &str, state: &str) -> Result<Worl
     let (source, embedded) = connector(source_plan, name, latest.as_ref()).await?;
     let partitions = source.partitions().await?;
     let online = online_stores(plan, name).await?;
-    let lookups = Arc::new(crate::runtime::lookups::open(plan).await?);
+    let (lookups, digests) = lookups::open(plan).await?;
+    let lookups = Arc::new(lookups);
+    #[cfg_attr(not(feature = "delta"), expect(unused_mut, reason = "nothing to take over"))]
     let mut tables = Tables::open(plan, name, latest.as_ref(), state).await?;
     if let Some(error) = latest.as_ref().and_then(|latest| changes::copied(plan, latest)) {
         return Err(error);
@@ -86,8 +98,19 @@ pub async fn open(plan: &mut StreamPlan, name: &str, state: &str) -> Result<Worl
     let manifest = claim.manifest;
     // Another process may have published more since we looked.
     changes::adopt(plan, &manifest).await?;
+    for table in lookups::changed(&manifest.lookups, &digests) {
+        tracing::warn!(
+            "look-up table {table} has other rows than in the run before: what was joined stays, what comes is joined with \
+             the new ones"
+        );
+    }
     let orphans = store.unreferenced(&manifest).await?;
-    tables.take_over(plan, &manifest).await?;
+    #[cfg(feature = "delta")]
+    {
+        let partitions = &partitions;
+        let past = Past { store: &store, manifest: &manifest, source: &source, partitions, options };
+        tables.take_over(plan, &past).await?;
+    }
     staged::take_over(plan, &manifest).await?;
     let mut fenced = BTreeMap::new();
     for (node, store) in online {
@@ -95,7 +118,23 @@ pub async fn open(plan: &mut StreamPlan, name: &str, state: &str) -> Result<Worl
     }
     let positions = positions(&manifest, source_plan, source.as_ref(), &partitions).await?;
     let ends = partitions.iter().map(|p| (Place::new(0, p.topic, p.partition), p.high)).collect();
-    Ok(World { store, manifest, orphans, source, embedded, positions, ends, tables, online: fenced, lookups })
+    let claimed = manifest.epoch;
+    let online = fenced;
+    Ok(World {
+        store,
+        manifest,
+        claimed,
+        orphans,
+        source,
+        embedded,
+        positions,
+        ends,
+        tables,
+        online,
+        lookups,
+        digests,
+        decided: None,
+    })
 }
 
 /// Opens the source; a generator keeps the start of its first run, files their names.
@@ -141,8 +180,8 @@ pub(super) type Opened = (Arc<dyn SourceConnector>, Option<serde_json::Value>);
 /// # Errors
 /// External: the state cannot be read.
 pub async fn stored_positions(plan: &StreamPlan, state: &str) -> Result<Positions> {
-    files::private(state)?;
-    let store = StateStore::new(files::open(state)?.store, object_store::path::Path::default(), Clock);
+    let store =
+        StateStore::new(files::open_private(state)?.store, object_store::path::Path::default(), Clock);
     let manifest = store.latest().await?;
     let progress = plan.source().and_then(|(_, source)| manifest.as_ref()?.sources.get(&source.name));
     Ok(progress.map(|progress| progress.positions(0)).unwrap_or_default())
@@ -233,7 +272,7 @@ pub async fn restore(world: &World, node: &str, kind: &str, shards: usize) -> Re
             Ok(bytes) => bytes,
             Err(error) => {
                 // Whoever overtook us meanwhile may have removed it.
-                world.store.check_fence(world.manifest.epoch).await?;
+                world.store.check_fence(world.claimed).await?;
                 return Err(error);
             }
         };

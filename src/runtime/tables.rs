@@ -12,6 +12,7 @@ use crate::connectors::delta::{
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::metrics::Metrics;
+use crate::runtime::remake::{Lost, Past, remake};
 use crate::runtime::upkeep::Upkeep;
 use crate::state::manifest::{self, Manifest, PreparedCommit, PreparedFile};
 use crate::state::store::StateStore;
@@ -34,7 +35,7 @@ impl Tables {
     /// # Errors
     /// User: a table belongs to another state, or has other columns. External: a store failed.
     pub async fn open(plan: &StreamPlan, name: &str, latest: Option<&Manifest>, state: &str) -> Result<Self> {
-        let mut tables = Self { committers: BTreeMap::new(), missing: Vec::new(), newest: 0, upkeep: None };
+        let mut tables = Self::none();
         for (node, sink) in plan.sinks() {
             let SinkKind::Delta(config) = &sink.kind else { continue };
             let stored = config.stored_rows(&sink.schema)?;
@@ -49,12 +50,18 @@ impl Tables {
         Ok(tables)
     }
 
-    /// After the claim: creates what is missing, in commits of their own, replays the prepared commits unchanged, and
-    /// adds the columns that a table lacks.
+    /// No table.
+    pub fn none() -> Self {
+        Self { committers: BTreeMap::new(), missing: Vec::new(), newest: 0, upkeep: None }
+    }
+
+    /// After the claim: creates what is missing, in commits of their own, replays the prepared commits unchanged, makes
+    /// those again whose files are gone, and adds the columns that a table lacks.
     ///
     /// # Errors
-    /// External: a store failed, or a prepared file is gone.
-    pub async fn take_over(&mut self, plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
+    /// External: a store failed, or a commit cannot be made again.
+    pub async fn take_over(&mut self, plan: &StreamPlan, past: &Past<'_>) -> Result<()> {
+        let manifest = past.manifest;
         for node in std::mem::take(&mut self.missing) {
             if let Some(committer) = self.committers.get_mut(&node) {
                 crash::point("table.before");
@@ -62,12 +69,13 @@ impl Tables {
                 crash::point("table.after");
             }
         }
+        let mut lost = Vec::new();
         for commit in &manifest.commits {
-            if let Some(committer) = self.committer(plan, commit) {
-                crash::point("replay.before");
-                let done = replay(committer, commit, manifest.generation).await?;
-                crash::point("replay.after");
-                tracing::info!(sink = %commit.sink, epoch = commit.epoch, ?done, "replayed a prepared commit");
+            lost.extend(self.replay(plan, commit, manifest.generation).await?);
+        }
+        if !lost.is_empty() {
+            for commit in remake(plan, past, &lost).await? {
+                self.replay(plan, &commit, manifest.generation).await?;
             }
         }
         // Only now: what was prepared before belongs to the tables as they were.
@@ -75,6 +83,30 @@ impl Tables {
             committer.evolve().await?;
         }
         Ok(())
+    }
+
+    /// Makes a prepared commit unless it is made; gives it back if files of it are gone.
+    async fn replay(
+        &mut self,
+        plan: &StreamPlan,
+        commit: &PreparedCommit,
+        generation: u64,
+    ) -> Result<Option<Lost>> {
+        let Some(committer) = self.committer(plan, commit) else { return Ok(None) };
+        let files = files_of(commit);
+        crash::point("replay.before");
+        let gone = committer.missing_files(&files).await?;
+        let done = match gone.into_iter().next() {
+            None => committer.commit(commit.epoch, &files, &progress_of(commit, generation)).await?,
+            Some(_) if committer.is_done(commit.epoch).await? => Committed::AlreadyDone,
+            Some(file) => {
+                let (newest, grows) = (committer.epoch(), committer.grows());
+                return Ok(Some(Lost { commit: commit.clone(), file, newest, grows }));
+            }
+        };
+        crash::point("replay.after");
+        tracing::info!(sink = %commit.sink, epoch = commit.epoch, ?done, "replayed a prepared commit");
+        Ok(None)
     }
 
     /// Makes the commits of a published manifest.
@@ -186,26 +218,6 @@ pub fn fits(
         return Err(Error::user(message).hint(hint));
     }
     Ok(())
-}
-
-async fn replay(
-    committer: &mut DeltaCommitter,
-    commit: &PreparedCommit,
-    generation: u64,
-) -> Result<Committed> {
-    let files = files_of(commit);
-    let gone = committer.missing_files(&files).await?;
-    match gone.first() {
-        None => committer.commit(commit.epoch, &files, &progress_of(commit, generation)).await,
-        Some(_) if committer.is_done(commit.epoch).await? => Ok(Committed::AlreadyDone),
-        Some(gone) => {
-            let message = format!("sink {}: the prepared file {gone} is gone", commit.sink);
-            let hint = "Another VACUUM removed files of an unfinished commit (see that its retention is longer than a \
-                        pipeline stands still). Bring the file back from a copy of the store, or start the pipeline \
-                        under another --name with other locations; rebuilding the table comes with a later version.";
-            Err(Error::external(message).hint(hint))
-        }
-    }
 }
 
 /// What a prepared commit says about progress, as Delta transactions.

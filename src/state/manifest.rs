@@ -101,6 +101,9 @@ pub struct Manifest {
     /// By view or sink: what its state depends on.
     #[serde(default)]
     pub fingerprints: BTreeMap<String, String>,
+    /// By look-up table that is read once, at the start: a digest of its rows.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub lookups: BTreeMap<String, String>,
     /// The checkpoint of another pipeline that this state began as.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copied: Option<Copied>,
@@ -282,7 +285,7 @@ impl Manifest {
         let unreadable = |error: serde_json::Error| {
             Error::external(format!("the manifest {path} cannot be read"))
                 .because(error)
-                .hint("Restore the state folder from a copy, or run `millstream reset` to begin a new state.")
+                .hint("Restore the state folder from a copy, or begin anew: another --state, --name and other locations.")
         };
         let Version { format_version } = serde_json::from_slice(json).map_err(unreadable)?;
         if format_version != FORMAT_VERSION {
@@ -302,7 +305,7 @@ impl Manifest {
         if !possible {
             return Err(Error::external(format!("the manifest {path} has impossible numbers of epochs"))
                 .hint(
-                    "Restore the state folder from a copy, or run `millstream reset` to begin a new state.",
+                    "Restore the state folder from a copy, or begin anew: another --state, --name and other locations.",
                 ));
         }
         Ok(manifest)
@@ -490,6 +493,7 @@ pub fn next_claim(
             commits: Vec::new(),
             garbage: Vec::new(),
             fingerprints: BTreeMap::new(),
+            lookups: BTreeMap::new(),
             copied: None,
         },
     }

@@ -446,6 +446,16 @@ impl DeltaCommitter {
         self.done(i64::try_from(epoch).map_err(|_| Error::internal("an epoch is out of range"))?)
     }
 
+    /// The newest epoch that is committed, by what we know.
+    pub fn epoch(&self) -> Option<u64> {
+        self.tip.as_ref().and_then(|tip| tip.epoch).and_then(|epoch| u64::try_from(epoch).ok())
+    }
+
+    /// Whether [`DeltaCommitter::evolve`] has columns to add.
+    pub fn grows(&self) -> bool {
+        self.grown.is_some()
+    }
+
     /// Which of the prepared files are gone (a foreign VACUUM).
     ///
     /// # Errors

@@ -185,6 +185,12 @@ impl RedisConfig {
         url.to_string()
     }
 
+    /// Which keys of which server: the same for two configurations that write the same keys.
+    pub fn place(&self) -> Option<String> {
+        let info = self.info().ok()?;
+        Some(format!("redis {}/{} {}", info.addr(), info.redis_settings().db(), self.prefix))
+    }
+
     /// Indexes of the key columns.
     ///
     /// # Errors
