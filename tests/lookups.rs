@@ -5,10 +5,10 @@ use std::fs;
 use crate::case::{Case, send, services};
 use crate::online::{OwnRedis, wait_for};
 
-const USERS: u64 = 50;
+pub const USERS: u64 = 50;
 
 /// A pipeline that joins transactions with scores in a Redis of the test's own.
-async fn case(name: &str, on_error: &str) -> Option<(Case, OwnRedis)> {
+pub async fn case(name: &str, on_error: &str) -> Option<(Case, OwnRedis)> {
     let redis = OwnRedis::start();
     let case = Case::new(services(name)?, name, None).await;
     fill(&redis);
@@ -34,14 +34,14 @@ async fn case(name: &str, on_error: &str) -> Option<(Case, OwnRedis)> {
 }
 
 /// Every other user has a score.
-fn fill(redis: &OwnRedis) {
+pub fn fill(redis: &OwnRedis) {
     for user in (0..USERS).step_by(2) {
         redis.ask(&format!("HSET score:{user} user_id {user} score {}.5", user * 10));
     }
 }
 
 /// A row per user.
-async fn phase(case: &Case, number: u64) {
+pub async fn phase(case: &Case, number: u64) {
     let rows: Vec<(String, String)> = (0..USERS)
         .map(|user| {
             let millis = case.start + number * 1_000 + user;
@@ -65,7 +65,7 @@ fn value(redis: &OwnRedis, user: u64) -> String {
 }
 
 /// Rows and scores of a phase.
-fn found(case: &Case, number: u64) -> (u64, u64) {
+pub fn found(case: &Case, number: u64) -> (u64, u64) {
     let sql = format!("SELECT count(*) AS n, count(score) AS s FROM scored WHERE phase = {number}");
     let out = case.command(&["query", "--format", "csv", "-c", &sql]).output().unwrap();
     let text = String::from_utf8_lossy(&out.stdout).into_owned();

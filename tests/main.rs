@@ -32,6 +32,7 @@ mod pipeline;
 mod queries;
 mod random;
 mod readme;
+mod redis_faults;
 mod sandbox;
 mod secured;
 mod shipped;

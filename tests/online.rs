@@ -31,8 +31,14 @@ impl OwnRedis {
     }
 
     pub fn start_at(port: u16) -> Self {
+        Self::start_with(port, &[])
+    }
+
+    /// With more options of the server.
+    pub fn start_with(port: u16, more: &[&str]) -> Self {
         let words = ["--port", &port.to_string(), "--save", "", "--appendonly", "no"];
-        let process = Command::new("redis-server").args(words).stdout(Stdio::null()).spawn().unwrap();
+        let process =
+            Command::new("redis-server").args(words).args(more).stdout(Stdio::null()).spawn().unwrap();
         let redis = Self { process, port };
         wait_for("redis", || TcpStream::connect(("127.0.0.1", port)).is_ok());
         redis
@@ -47,7 +53,18 @@ impl OwnRedis {
         String::from_utf8_lossy(&answer[..length]).trim().to_owned()
     }
 
-    fn keys(&self) -> u64 {
+    /// A signal, such as `-STOP`.
+    pub fn signal(&self, signal: &str) {
+        let id = self.process.id().to_string();
+        assert!(Command::new("kill").args([signal, &id]).status().unwrap().success());
+    }
+
+    /// Waits until it has ended.
+    pub fn ended(&mut self) {
+        self.process.wait().unwrap();
+    }
+
+    pub fn keys(&self) -> u64 {
         self.ask("DBSIZE").trim_start_matches(':').parse().unwrap()
     }
 }

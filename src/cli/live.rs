@@ -269,7 +269,7 @@ fn sink_of(sink: &SinkMetrics, now_ms: i64, earlier: Option<&[Vec<u64>; 2]>, sam
         newest: since(sink.committed_ms.load(Ordering::Relaxed), now_ms),
         from_read: sink.latency.quantile(0.99, before(0)),
         from_event: sink.freshness.quantile(0.99, before(1)).filter(|_| !sample),
-        waiting: sink.down.load(Ordering::Relaxed).then(|| load(&sink.waiting)),
+        waiting: sink.failing.any().then(|| load(&sink.waiting)),
         ..Sink::default()
     }
 }

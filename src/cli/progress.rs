@@ -80,6 +80,9 @@ pub async fn lines(metrics: Arc<Metrics>, rows: bool) -> Infallible {
                 .for_each(|sample| newest(&sample));
         }
         pressure(&metrics).iter().for_each(|line| eprintln!("  {line}"));
+        for (_, sink) in metrics.sinks.iter().filter(|(_, sink)| sink.failing.any()) {
+            eprintln!("  {}: down, {} keys wait", sink.name, sink.waiting.load(Ordering::Relaxed));
+        }
     }
 }
 

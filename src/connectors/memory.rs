@@ -183,7 +183,8 @@ impl Inner {
 impl OnlineStore for MemoryStore {
     async fn open(&self) -> Result<OnlineState> {
         let inner = self.lock();
-        Ok(OnlineState { fence: inner.fence, consumed: inner.consumed.clone() })
+        let flushed = inner.flushes.iter().map(|(shard, flush)| (*shard, *flush)).collect();
+        Ok(OnlineState { fence: inner.fence, consumed: inner.consumed.clone(), flushed })
     }
 
     async fn raise_fence(&self, generation: u64) -> Result<u64> {

@@ -26,6 +26,7 @@ pub mod redis;
 pub mod reference;
 pub mod sandbox;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -149,6 +150,8 @@ pub struct OnlineState {
     pub fence: u64,
     /// Consumed offset per place, as raised by flushes.
     pub consumed: Positions,
+    /// By shard, the newest flush: (generation, number).
+    pub flushed: BTreeMap<u32, (u64, u64)>,
 }
 
 /// What became of a flush.

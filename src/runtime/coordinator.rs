@@ -17,6 +17,7 @@ use crate::plan::{NodeId, StreamPlan};
 use crate::runtime::changes;
 use crate::runtime::compaction::Compaction;
 use crate::runtime::counts::{self, Counts};
+use crate::runtime::flushed::kept;
 use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::letters;
 use crate::runtime::memory;
@@ -411,6 +412,7 @@ impl Coordinator {
             let generation = Some(next.generation);
             let progress = next.nodes.entry(id.clone()).or_default();
             (progress.watermark, progress.generation) = (watermark, generation);
+            progress.facts = kept(progress.facts.take(), parts.iter().filter_map(|part| part.flushed));
         }
         next.files.extend(states.into_iter().flat_map(|(_, part)| part.files));
     }

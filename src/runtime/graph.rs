@@ -31,6 +31,9 @@ use crate::runtime::letters::LetterStage;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
 #[cfg(feature = "redis")]
+use crate::runtime::outage::Failing;
+use crate::runtime::outage::Losses;
+#[cfg(feature = "redis")]
 use crate::runtime::remote::{Cache, Remote};
 use crate::runtime::report::{Command, Report};
 #[cfg(feature = "delta")]
@@ -249,6 +252,7 @@ impl Graph<'_> {
         let Some(edge) = self.plan.nodes[node].inputs.first().cloned() else { return Ok(()) };
         let chains = self.chains(node, self.parallelism);
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
+        let failing = Arc::new(Failing::default());
         for (shard, (chain, receivers)) in chains.into_iter().zip(inboxes).enumerate() {
             let remote = Remote {
                 port: edge.port,
@@ -256,7 +260,7 @@ impl Graph<'_> {
                 topics: self.world.source.topics(),
                 spec: spec.clone(),
                 client: Lookup::new(table.config.clone(), Arc::clone(&table.schema)),
-                cache: Cache::new(table.clone(), Clock)?,
+                cache: Cache::new(table.clone(), shard as u32, Clock, Arc::clone(&failing))?,
                 dead: Vec::new(),
             };
             self.stage(node, shard, remote, Inbox::new(receivers, START_OF_TIME), chain);
@@ -270,6 +274,7 @@ impl Graph<'_> {
         if let SinkKind::Collect(collector) = &sink.kind {
             collector.take_over(self.world.manifest.generation, self.world.manifest.epoch);
         }
+        let losses = Arc::new(Losses::new(inboxes.len()));
         for (shard, receivers) in inboxes.into_iter().enumerate() {
             let inbox = Inbox::new(receivers, START_OF_TIME);
             let (reports, metrics) = (self.reports.clone(), self.metrics.sink(node));
@@ -304,6 +309,7 @@ impl Graph<'_> {
                         flushes: FlushState::at(self.world.positions.clone()),
                         settling: sink.settled.then(Settling::default),
                         fence: if online.lost { Fence::Lost } else { Fence::Ours },
+                        losses: Arc::clone(&losses),
                         durable: self.durable.clone(),
                     };
                     self.run(task.run());

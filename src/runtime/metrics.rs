@@ -11,6 +11,7 @@ use tokio::sync::mpsc::{Sender, WeakSender};
 
 use crate::plan::{NodeId, SinkPlan, SourcePlan, StreamPlan};
 use crate::runtime::freshness::Histogram;
+use crate::runtime::outage::Failing;
 use crate::runtime::watermark::{Holding, SourceClock};
 use crate::stream::{DeadLetter, Message, Micros, START_OF_TIME};
 
@@ -65,8 +66,8 @@ pub struct SinkMetrics {
     pub version: AtomicU64,
     /// When the newest commit or flush was acknowledged, ms since the epoch; 0 before.
     pub committed_ms: AtomicI64,
-    /// An online store does not answer; rows wait.
-    pub down: AtomicBool,
+    /// Shards whose online store does not take their rows, which wait.
+    pub failing: Failing,
     /// Keys that wait for an online store.
     pub waiting: AtomicU64,
     /// Age of online rows, by their event time, when the store acknowledged them.

@@ -10,6 +10,7 @@ mod compaction;
 pub mod coordinator;
 mod counts;
 mod discovery;
+mod flushed;
 pub mod freshness;
 mod graph;
 mod grouped;
@@ -23,6 +24,7 @@ pub mod metrics;
 mod online;
 #[cfg(feature = "delta")]
 mod remake;
+mod outage;
 #[cfg(feature = "redis")]
 mod remote;
 pub mod report;

@@ -1,29 +1,38 @@
 //! The task of one shard of an online sink: the newest row per key, kept in state, written to the store on arrival.
 //!
+//! # A store that fails
+//! One flush at a time is under way, and the task takes rows and barriers in meanwhile: a store that hangs delays no
+//! manifest. What a flush could not write goes back to the dirty rows, also when it is not known whether it was
+//! written: the next one has a higher number, so that the store refuses the old one if it comes late. Tries wait
+//! longer each time ([`super::outage`]); what only a person can mend ends the pipeline.
+//!
 //! # A store that lost its content
 //! A fence that is missing or lower than ours says that the store was emptied or restored from an older copy
 //! (DESIGN §5 *Redis*). Then, in this order: ask the manifests whether we still own the pipeline; mark every row
-//! dirty; wait until a manifest holds those marks; raise the fence; write every row. Raised earlier, a crash would
-//! leave a valid fence over missing keys, and nobody would write them again. Until the fence is ours nothing is
-//! written; rows wait in the state and nothing else waits for them.
+//! of every shard dirty; wait until a manifest holds those marks; raise the fence; write every row. Raised earlier, a
+//! crash would leave a valid fence over missing keys, and nobody would write them again. Until the fence is ours nothing
+//! is written; rows wait in the state and nothing else waits for them.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::sync::mpsc::Sender;
 use tokio::sync::watch;
 
-use crate::connectors::{Flushed, OnlineStore, OnlineWrite};
+use crate::connectors::{Flushed, OnlineState, OnlineStore, OnlineWrite};
 use crate::error::{Error, Result};
 use crate::operators::newest::{DirtyBatch, Newest};
 use crate::plan::NodeId;
 use crate::runtime::counts::Count;
+use crate::runtime::flushed::ShardFlush;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::runtime::keyed::{FULL_EVERY, Piece, Saver};
 use crate::runtime::letters;
 use crate::runtime::metrics::{Metrics, SinkMetrics};
+use crate::runtime::outage::{Losses, Outage};
 use crate::runtime::report::{Report, StatePart};
 use crate::stream::clock::Clock;
 use crate::stream::{ChangeBatch, DeadLetter, END_OF_TIME, Micros, Positions, Reached, START_OF_TIME, Stage};
@@ -36,6 +45,10 @@ const GATHER: usize = 32;
 const MAX_UNWRITTEN: usize = 1_024;
 /// How often a task that may not write looks whether it may again.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// While a flush is under way rows of another one are taken in, not more, unless it takes longer than this.
+const SLOW: Duration = Duration::from_millis(100);
+/// How long the last checkpoint waits for the store, so that its state says what was written.
+const DRAIN: Duration = Duration::from_secs(2);
 /// Failed writes in a row after which a stop no longer waits for the store.
 const PATIENCE: u32 = 5;
 
@@ -45,10 +58,8 @@ pub enum Fence {
     Ours,
     /// Every row is marked dirty, in memory only.
     Lost,
-    /// The marks are in the state of this epoch; once its manifest is published the fence may be raised.
-    Marked {
-        epoch: u64,
-    },
+    /// The marks are in the state; the fence may be raised once a manifest holds those of every shard.
+    Marked,
 }
 
 /// Newest row per key. The store may be down: rows wait in the state, nothing else waits for it.
@@ -71,6 +82,8 @@ pub struct OnlineTask {
     pub clock: Clock,
     pub flushes: FlushState,
     pub fence: Fence,
+    /// Of the sink, shared by its shards.
+    pub losses: Arc<Losses>,
     /// For a sink whose store shows checkpoints only.
     pub settling: Option<Settling>,
     /// The newest epoch whose manifest is published.
@@ -85,18 +98,41 @@ pub struct Settling {
     /// The epoch whose rows were taken over last: once its manifest is published they may be written.
     epoch: u64,
 }
+
 /// Rows that wait for the store: (when they were read, how many). While the store is down those of the
 /// last entry grow.
-type Unwritten = Vec<(std::time::Instant, u64)>;
+type Unwritten = Vec<(Instant, u64)>;
+
+/// What is under way to the store; the task goes on with its input meanwhile.
+struct Flight {
+    landing: BoxFuture<'static, Landed>,
+    /// The rows of a flush, and when they were read if no others wait.
+    rows: Option<(DirtyBatch, Unwritten)>,
+    /// Of the flush.
+    number: u64,
+    /// The loss that a raised fence makes good.
+    loss: u64,
+    began: Instant,
+}
+
+enum Landed {
+    Flushed(Result<Flushed>),
+    /// The fence, and what the store holds.
+    Raised(Result<(u64, OnlineState)>),
+}
 
 /// Progress of a shard's flushes, and what could not be flushed.
 #[derive(Default)]
 pub struct FlushState {
     number: u64,
+    /// The newest flush that the store has, by its word.
+    acknowledged: Option<(u64, u64)>,
     consumed: Positions,
     watermark: Micros,
-    retry_at: Option<std::time::Instant>,
-    failures: u32,
+    flight: Option<Flight>,
+    outage: Outage,
+    /// The newest loss of the store's content that this shard knows of.
+    loss: u64,
     /// Events taken since the last flush although it was due.
     gathered: usize,
     dead: Vec<DeadLetter>,
@@ -115,7 +151,7 @@ impl FlushState {
     }
 
     /// Notes rows that are to be written, for measuring how long they take.
-    fn expect(&mut self, read_at: Option<std::time::Instant>, rows: u64) {
+    fn expect(&mut self, read_at: Option<Instant>, rows: u64) {
         let Some(read_at) = read_at else { return };
         let full = self.unwritten.len() >= MAX_UNWRITTEN;
         match self.unwritten.last_mut().filter(|_| full) {
@@ -135,30 +171,7 @@ impl OnlineTask {
             self.newest.mark_all_dirty();
         }
         loop {
-            if self.may_regain() {
-                self.regain().await?;
-            }
-            let event = if self.may_flush() {
-                // Take what has already arrived, so that a key is written once for many rows.
-                let room = self.newest.dirty_len() < FLUSH_KEYS && self.flushes.gathered < GATHER;
-                match room.then(|| self.inbox.next().now_or_never()) {
-                    Some(Some(event)) => {
-                        self.flushes.gathered += 1;
-                        event?
-                    }
-                    _ => {
-                        self.flush().await?;
-                        continue;
-                    }
-                }
-            } else if self.flushes.retry_at.is_some() || self.fence != Fence::Ours || !self.settled() {
-                match tokio::time::timeout(LOOK_AGAIN, self.inbox.next()).await {
-                    Ok(event) => event?,
-                    Err(_) => continue,
-                }
-            } else {
-                self.inbox.next().await?
-            };
+            let Some(event) = self.next().await? else { continue };
             match event {
                 Event::Changes { batch, reached } => {
                     self.flushes.count.rows_in += batch.num_rows() as u64;
@@ -172,7 +185,8 @@ impl OnlineTask {
                 Event::Barrier(barrier) => {
                     self.settle(barrier.epoch)?;
                     if barrier.last && self.settling.is_none() {
-                        self.drain().await?;
+                        // What is not written by then stays dirty in the state, and is written behind it.
+                        tokio::time::timeout(DRAIN, self.drain(0)).await.unwrap_or(Ok(()))?;
                     }
                     self.save(barrier.epoch)?;
                     if barrier.last {
@@ -182,6 +196,44 @@ impl OnlineTask {
                 }
                 Event::End => return Ok(()),
             }
+        }
+    }
+
+    /// The next event; `None` after something else was done. Sends what may be sent.
+    async fn next(&mut self) -> Result<Option<Event>> {
+        self.heed_loss();
+        if self.flushes.flight.is_none() && self.may_regain() {
+            self.regain();
+        }
+        if self.flushes.flight.is_none() && self.may_flush() {
+            // Take what has already arrived, so that a key is written once for many rows.
+            let room = self.newest.dirty_len() < FLUSH_KEYS && self.flushes.gathered < GATHER;
+            if let Some(Some(event)) = room.then(|| self.inbox.next().now_or_never()) {
+                self.flushes.gathered += 1;
+                return event.map(Some);
+            }
+            self.send()?;
+        }
+        let Some(flight) = &mut self.flushes.flight else {
+            let waits =
+                self.flushes.outage.retry_at().is_some() || self.fence != Fence::Ours || !self.settled();
+            return match waits {
+                true => tokio::time::timeout(LOOK_AGAIN, self.inbox.next()).await.ok().transpose(),
+                false => self.inbox.next().await.map(Some),
+            };
+        };
+        let under_way = flight.rows.as_ref().map_or(0, |(dirty, _)| dirty.slots.len());
+        let full = self.newest.dirty_len() >= under_way + FLUSH_KEYS;
+        let left = SLOW.saturating_sub(self.clock.instant().saturating_duration_since(flight.began));
+        let wait = full && !left.is_zero();
+        tokio::select! {
+            biased;
+            landed = &mut flight.landing => {
+                self.land(landed).await?;
+                Ok(None)
+            }
+            event = self.inbox.next(), if !wait => event.map(Some),
+            () = tokio::time::sleep(left), if wait => Ok(None),
         }
     }
 
@@ -236,7 +288,7 @@ impl OnlineTask {
     }
 
     fn waits(&self) -> bool {
-        self.flushes.retry_at.is_some_and(|at| self.clock.instant() < at)
+        self.flushes.outage.retry_at().is_some_and(|at| self.clock.instant() < at)
     }
 
     fn may_flush(&self) -> bool {
@@ -245,15 +297,18 @@ impl OnlineTask {
     }
 
     fn may_regain(&self) -> bool {
-        matches!(self.fence, Fence::Marked { epoch } if *self.durable.borrow() >= epoch) && !self.waits()
+        self.fence == Fence::Marked && !self.waits() && self.marks_are_durable()
     }
 
-    /// Writes what is dirty once; a failure of the store is ridden out with back-off.
-    async fn flush(&mut self) -> Result<()> {
+    fn marks_are_durable(&self) -> bool {
+        self.losses.marked_by().is_some_and(|epoch| *self.durable.borrow() >= epoch)
+    }
+
+    /// Sends off what is dirty.
+    fn send(&mut self) -> Result<()> {
         let dirty = match self.newest.take_dirty(FLUSH_KEYS)? {
             Some(dirty) => dirty,
-            None if self.flushes.probe => DirtyBatch::empty(self.newest.schema()),
-            None => return Ok(()),
+            None => DirtyBatch::empty(self.newest.schema()),
         };
         (self.flushes.probe, self.flushes.gathered) = (false, 0);
         self.flushes.number += 1;
@@ -262,46 +317,80 @@ impl OnlineTask {
             expire_at_ms: dirty.expire_at_ms.clone(),
             deletes: dirty.deletes.clone(),
         };
-        let consumed = &self.flushes.consumed;
-        let done = self.store.flush(self.generation, self.shard, self.flushes.number, &write, consumed).await;
-        match done {
-            Ok(Flushed::Done) => {
+        let all = dirty.slots.len() == self.newest.dirty_len();
+        let read = if all { std::mem::take(&mut self.flushes.unwritten) } else { Unwritten::new() };
+        let (store, consumed) = (Arc::clone(&self.store), self.flushes.consumed.clone());
+        let (generation, shard, number) = (self.generation, self.shard, self.flushes.number);
+        let landing =
+            async move { Landed::Flushed(store.flush(generation, shard, number, &write, &consumed).await) };
+        self.fly(landing.boxed(), Some((dirty, read)));
+        Ok(())
+    }
+
+    /// The marks of every shard are durable: takes the store back.
+    fn regain(&mut self) {
+        let (store, generation) = (Arc::clone(&self.store), self.generation);
+        let raised = async move {
+            let fence = store.raise_fence(generation).await?;
+            Ok((fence, store.open().await?))
+        };
+        self.fly(raised.map(Landed::Raised).boxed(), None);
+    }
+
+    fn fly(&mut self, landing: BoxFuture<'static, Landed>, rows: Option<(DirtyBatch, Unwritten)>) {
+        let (number, loss, began) = (self.flushes.number, self.flushes.loss, self.clock.instant());
+        self.flushes.flight = Some(Flight { landing, rows, number, loss, began });
+    }
+
+    /// What was under way came to an end. A failure of the store is ridden out with back-off.
+    async fn land(&mut self, landed: Landed) -> Result<()> {
+        let Some(flight) = self.flushes.flight.take() else { return Ok(()) };
+        let (dirty, mut read) =
+            flight.rows.unwrap_or_else(|| (DirtyBatch::empty(self.newest.schema()), Unwritten::new()));
+        if !matches!(landed, Landed::Flushed(Ok(Flushed::Done))) {
+            self.newest.give_back(&dirty);
+            read.append(&mut self.flushes.unwritten);
+            self.flushes.unwritten = std::mem::take(&mut read);
+        }
+        match landed {
+            Landed::Flushed(Err(error)) | Landed::Raised(Err(error)) => return self.back_off(error),
+            Landed::Flushed(Ok(Flushed::Fenced { by })) => return Err(self.fenced(by)),
+            Landed::Raised(Ok((fence, _))) if fence > self.generation => return Err(self.fenced(fence)),
+            _ => self.recovered(),
+        }
+        match landed {
+            Landed::Flushed(Ok(Flushed::Done)) => {
                 self.newest.acknowledge(&dirty);
-                (self.flushes.failures, self.flushes.retry_at) = (0, None);
-                self.count(&dirty);
+                if flight.loss == self.flushes.loss {
+                    self.flushes.acknowledged = Some((self.generation, flight.number));
+                }
+                self.count(&dirty, read);
                 Ok(())
             }
-            Ok(Flushed::Stale) => {
-                self.newest.give_back(&dirty);
+            Landed::Flushed(Ok(Flushed::FenceLost)) if self.fence == Fence::Ours => self.lose().await,
+            Landed::Raised(Ok((_, state))) if self.losses.count() == flight.loss => {
+                (self.hold, self.fence) = (state.consumed, Fence::Ours);
                 Ok(())
             }
-            Ok(Flushed::Fenced { by }) => Err(self.fenced(by)),
-            Ok(Flushed::FenceLost) => self.lose(&dirty).await,
-            Err(error) => {
-                self.newest.give_back(&dirty);
-                self.back_off(error)
-            }
+            _ => Ok(()),
         }
     }
 
-    /// The store acknowledged a flush.
-    fn count(&mut self, dirty: &DirtyBatch) {
-        let now = self.clock.unix_micros();
-        self.metrics.down.store(false, Ordering::Relaxed);
+    /// The store acknowledged a flush of rows that were read then.
+    fn count(&mut self, dirty: &DirtyBatch, read: Unwritten) {
         self.metrics.waiting.store(self.newest.dirty_len() as u64, Ordering::Relaxed);
         if dirty.slots.is_empty() {
             return;
         }
+        let now = self.clock.unix_micros();
         self.flushes.count.written += dirty.slots.len() as u64;
         Metrics::add(&self.metrics.rows, dirty.slots.len() as u64);
         self.metrics.committed(now / 1_000);
         self.metrics.freshness.record_all(now, &dirty.times);
-        if self.newest.dirty_len() == 0 {
-            let now = self.clock.instant();
-            for (read_at, rows) in self.flushes.unwritten.drain(..) {
-                let micros = u64::try_from(now.duration_since(read_at).as_micros()).unwrap_or(u64::MAX);
-                self.metrics.latency.record(micros, rows);
-            }
+        let now = self.clock.instant();
+        for (read_at, rows) in read {
+            let micros = u64::try_from(now.duration_since(read_at).as_micros()).unwrap_or(u64::MAX);
+            self.metrics.latency.record(micros, rows);
         }
         if dirty.rows.num_rows() > 0 {
             self.metrics.show(&dirty.rows);
@@ -316,105 +405,114 @@ impl OnlineTask {
         .hint("A newer process of this pipeline runs; this one wrote nothing more.")
     }
 
-    /// The store was emptied or restored: are we still the owner? Then every key is to be written again.
-    async fn lose(&mut self, dirty: &DirtyBatch) -> Result<()> {
-        self.newest.give_back(dirty);
+    /// The store was emptied or set back: are we still the owner? Then every key is to be written again.
+    async fn lose(&mut self) -> Result<()> {
         if let Some(newest) = self.saver.store.latest().await?
             && newest.generation > self.generation
         {
             return Err(self.fenced(newest.generation));
         }
-        tracing::warn!(sink = %self.sink, "the online store lost its fence, every key is written again");
-        self.newest.mark_all_dirty();
-        self.fence = Fence::Lost;
+        if self.losses.found(self.flushes.loss) {
+            tracing::warn!(sink = %self.sink, "the online store lost what it had, every key is written again");
+        }
+        self.heed_loss();
         Ok(())
     }
 
-    /// The marks are durable: takes the store back.
-    async fn regain(&mut self) -> Result<()> {
-        let raised = async {
-            let fence = self.store.raise_fence(self.generation).await?;
-            Ok::<_, Error>((fence, self.store.open().await?))
-        };
-        match raised.await {
-            Ok((fence, _)) if fence > self.generation => Err(self.fenced(fence)),
-            Ok((_, state)) => {
-                self.hold = state.consumed;
-                self.fence = Fence::Ours;
-                (self.flushes.failures, self.flushes.retry_at) = (0, None);
-                Ok(())
-            }
-            Err(error) => self.back_off(error),
+    /// A loss that this shard or another one found concerns all of them.
+    fn heed_loss(&mut self) {
+        let count = self.losses.count();
+        if count != self.flushes.loss {
+            (self.flushes.loss, self.flushes.acknowledged) = (count, None);
+            self.newest.mark_all_dirty();
+            self.fence = Fence::Lost;
         }
     }
 
-    /// Rides out what may pass; a refused user or right does not.
+    /// Rides out what may pass; what needs a person does not.
     fn back_off(&mut self, error: Error) -> Result<()> {
         if error.is_lasting() {
             return Err(error.context(format_args!("sink {}", self.sink)));
         }
-        if self.flushes.failures == 0 {
-            tracing::warn!(%error, "the online store failed; newest values wait until it is back");
+        if self.flushes.outage.fail(self.clock, self.shard, &self.metrics.failing) {
+            let hint = error.hint_text().unwrap_or_default();
+            tracing::warn!(sink = %self.sink, %error, hint, "the online store failed; newest values wait until it is back");
         }
-        self.flushes.failures += 1;
-        self.metrics.down.store(true, Ordering::Relaxed);
         self.metrics.waiting.store(self.newest.dirty_len() as u64, Ordering::Relaxed);
-        let wait = Duration::from_millis(100 << self.flushes.failures.min(6));
-        self.flushes.retry_at = Some(self.clock.instant() + wait);
         Ok(())
     }
 
-    /// Before the end: everything is written, or said not to be.
-    async fn drain(&mut self) -> Result<()> {
-        while self.newest.dirty_len() > 0 && self.fence == Fence::Ours {
-            if self.held() {
-                let keys = self.newest.dirty_len();
-                tracing::warn!(
-                    keys,
-                    "stopped before the positions that the online store had seen; the values are kept"
-                );
-                return Ok(());
-            }
-            if self.flushes.failures > PATIENCE {
-                let keys = self.newest.dirty_len();
-                tracing::warn!(
-                    keys,
-                    "stopped while the online store is down; the next start writes the rest"
-                );
-                return Ok(());
-            }
-            self.pause().await;
-            self.flush().await?;
+    /// The store answered.
+    fn recovered(&mut self) {
+        if let Some(outage) = self.flushes.outage.succeed(self.clock, &self.metrics.failing) {
+            let seconds = outage.as_secs();
+            tracing::warn!(sink = %self.sink, seconds, "the online store is back; what waited is written");
         }
-        Ok(())
+    }
+
+    /// Writes until nothing waits, or until the store has failed more than `patience` times in a row.
+    async fn drain(&mut self, patience: u32) -> Result<()> {
+        loop {
+            self.heed_loss();
+            if let Some(flight) = &mut self.flushes.flight {
+                let landed = (&mut flight.landing).await;
+                self.land(landed).await?;
+            } else if self.newest.dirty_len() == 0
+                || self.fence != Fence::Ours
+                || self.held()
+                || self.flushes.outage.failures() > patience
+            {
+                return Ok(());
+            } else {
+                self.pause().await;
+                self.send()?;
+            }
+        }
     }
 
     async fn pause(&mut self) {
-        if let Some(at) = self.flushes.retry_at.take() {
+        if let Some(at) = self.flushes.outage.retry_at() {
             tokio::time::sleep(at.saturating_duration_since(self.clock.instant())).await;
         }
     }
 
-    /// After the last barrier: a store whose fence was lost, or that shows checkpoints only, is filled once the last
-    /// manifest is published.
+    /// After the last barrier: writes what the store did not take before. A store whose fence was lost, or that shows
+    /// checkpoints only, is filled once the last manifest is published.
     async fn finish(mut self, epoch: u64) -> Result<()> {
-        if self.fence == Fence::Ours && self.settling.is_none() {
+        let late = self.fence != Fence::Ours || self.settling.is_some();
+        if late && self.durable.wait_for(|durable| *durable >= epoch).await.is_err() {
             return Ok(());
         }
-        if self.durable.wait_for(|durable| *durable >= epoch).await.is_err() {
-            return Ok(());
+        while self.fence == Fence::Marked
+            && self.marks_are_durable()
+            && self.flushes.outage.failures() <= PATIENCE
+        {
+            if self.flushes.flight.is_none() {
+                self.pause().await;
+                self.regain();
+            }
+            if let Some(flight) = &mut self.flushes.flight {
+                let landed = (&mut flight.landing).await;
+                self.land(landed).await?;
+            }
         }
-        while self.fence != Fence::Ours && self.flushes.failures <= PATIENCE {
-            self.pause().await;
-            self.regain().await?;
-        }
+        self.drain(PATIENCE).await?;
+        let keys = self.newest.dirty_len();
         if self.fence != Fence::Ours {
-            tracing::warn!("stopped while the online store is down; the next start writes every key");
+            tracing::warn!(sink = %self.sink, "stopped while the online store is down; the next start writes every key");
+        } else if keys > 0 && self.held() {
+            tracing::warn!(
+                keys,
+                "stopped before the positions that the online store had seen; the values are kept"
+            );
+        } else if keys > 0 {
+            tracing::warn!(sink = %self.sink, keys, "stopped while the online store is down; the next start writes the rest");
         }
-        self.drain().await
+        Ok(())
     }
 
     fn save(&mut self, epoch: u64) -> Result<()> {
+        self.heed_loss();
         if self.flushes.watermark != START_OF_TIME && self.flushes.watermark != END_OF_TIME {
             self.newest.expire(self.flushes.watermark)?;
         }
@@ -425,12 +523,16 @@ impl OnlineTask {
             let keys = self.key.iter().map(|key| Arc::clone(rows.column(*key))).collect();
             Piece { kind: "newest", rows, keys }
         });
-        if self.fence == Fence::Lost {
-            self.fence = Fence::Marked { epoch };
+        let anew = self.fence == Fence::Lost;
+        if anew {
+            self.fence = Fence::Marked;
+            self.losses.mark(self.shard, epoch, self.flushes.loss);
         }
         let dead = std::mem::take(&mut self.flushes.dead);
         let (dead_letters, waiting) = (dead.len() as u64, self.newest.dirty_len() as u64);
-        let mut part = StatePart { watermark: self.flushes.watermark, full, dead, ..StatePart::default() };
+        let flushed = Some(ShardFlush { shard: self.shard, acknowledged: self.flushes.acknowledged, anew });
+        let mut part =
+            StatePart { flushed, watermark: self.flushes.watermark, full, dead, ..StatePart::default() };
         *part.counts.of(self.node) =
             Count { dead_letters, waiting, ..std::mem::take(&mut self.flushes.count) };
         self.saver.save_behind(self.node, epoch, piece.into_iter().collect(), part, &self.reports);

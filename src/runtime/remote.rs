@@ -1,7 +1,8 @@
 //! A look-up in Redis as a stage: keys of a batch asked for in one go, answers cached.
 //!
 //! A row is joined with what Redis, or the cache, says when the row comes. While Redis does not answer, `on_lookup_error`
-//! decides on the rows whose key would have to be asked for; Redis is tried again every second, and rows go on meanwhile.
+//! decides on the rows whose key would have to be asked for. A connection is then tried in the background, every second
+//! at the latest, and rows go on meanwhile: only the look-up that found the server hanging waits for it.
 //! Look-ups depend on time: a replay may see another answer.
 
 use std::sync::Arc;
@@ -10,15 +11,17 @@ use std::time::{Duration, Instant};
 use arrow::array::{Array, ArrayRef, RecordBatch, UInt32Array};
 use arrow::compute::interleave_record_batch;
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use tokio::task::JoinHandle;
 
-use crate::connectors::redis::scan::Lookup;
-use crate::error::Result;
+use crate::connectors::redis::scan::{Lookup, Reader};
+use crate::error::{Error, Result};
 use crate::operators::lookup::{LookupSpec, LookupTable, lookup};
 use crate::operators::stateless::Failed;
 use crate::plan::remote::{OnLookupError, RemoteTable};
 use crate::runtime::counts::Count;
 use crate::runtime::keyed::Piece;
 use crate::runtime::letters;
+use crate::runtime::outage::{Failing, Outage};
 use crate::runtime::report::StatePart;
 use crate::runtime::stage::{Operate, Rows};
 use crate::state::keys::{KeyIndex, hash_keys};
@@ -28,7 +31,7 @@ use crate::stream::{ChangeBatch, DeadLetter, Micros, Port, Stage};
 /// Keys and answers that the cache holds at most; then it begins anew.
 const KEYS: usize = 200_000;
 const ANSWERS: usize = 512;
-/// Between two attempts while Redis is down.
+/// Between two attempts while Redis is down, at most.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The look-up of one shard.
@@ -52,8 +55,24 @@ pub struct Cache {
     index: KeyIndex,
     entries: Vec<Entry>,
     answers: Vec<RecordBatch>,
+    shard: u32,
     clock: Clock,
-    retry_at: Option<Instant>,
+    outage: Outage,
+    /// Of all shards of the look-up.
+    failing: Arc<Failing>,
+    /// A connection that is tried while Redis is down.
+    healing: Option<Healing>,
+    /// Why the last attempt came to nothing.
+    why: String,
+}
+
+/// Tries to connect until that succeeds or only a person can help.
+struct Healing(JoinHandle<Result<Reader>>);
+
+impl Drop for Healing {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 #[derive(Clone, Copy, Default)]
@@ -74,7 +93,7 @@ struct Known {
 impl Cache {
     /// # Errors
     /// User: a key of a type that cannot be hashed.
-    pub fn new(table: RemoteTable, clock: Clock) -> Result<Self> {
+    pub fn new(table: RemoteTable, shard: u32, clock: Clock, failing: Arc<Failing>) -> Result<Self> {
         let types: Vec<DataType> =
             table.keys.iter().map(|key| table.schema.field(*key).data_type().clone()).collect();
         let picked: Vec<usize> = table.columns.iter().chain(&table.keys).copied().collect();
@@ -90,8 +109,12 @@ impl Cache {
             index,
             entries: Vec::new(),
             answers: Vec::new(),
+            shard,
             clock,
-            retry_at: None,
+            outage: Outage::default(),
+            failing,
+            healing: None,
+            why: String::new(),
         })
     }
 
@@ -133,15 +156,15 @@ impl Cache {
         };
         let table = LookupTable::new(&self.schema, &[rows], self.table.keys.len())?;
         if failed.is_none() && (self.index.len() > KEYS || self.answers.len() > ANSWERS) {
-            *self = Self::new(self.table.clone(), self.clock)?;
+            *self = Self::new(self.table.clone(), self.shard, self.clock, Arc::clone(&self.failing))?;
         }
         Ok(Known { table, refused, why: failed.unwrap_or_default() })
     }
 
     /// Asks for keys; returns why that was not possible.
     async fn ask(&mut self, client: &mut Lookup, wanted: &[u32], now: Instant) -> Result<Option<String>> {
-        if self.retry_at.is_some_and(|at| now < at) {
-            return Ok(Some("Redis does not answer".to_owned()));
+        if !self.healed(client).await? {
+            return Ok(Some(self.why.clone()));
         }
         let columns = self.index.keys(wanted)?;
         let named = self.table.keys.iter().map(|key| Arc::clone(&self.table.schema.fields()[*key]));
@@ -150,13 +173,13 @@ impl Cache {
             Ok(answers) => answers,
             Err(error) if error.is_lasting() => return Err(error),
             Err(error) => {
-                if self.retry_at.replace(now + RETRY).is_none() {
-                    tracing::warn!(table = self.table.name, %error, "look-ups go on without Redis");
-                }
-                return Ok(Some(error.to_string()));
+                self.fail(client, &error);
+                return Ok(Some(self.why.clone()));
             }
         };
-        self.retry_at = None;
+        if let Some(outage) = self.outage.succeed(self.clock, &self.failing) {
+            tracing::warn!(table = self.table.name, seconds = outage.as_secs(), "look-ups ask Redis again");
+        }
         wanted.iter().for_each(|slot| self.entries[*slot as usize] = Entry { asked: Some(now), found: None });
         for answer in answers {
             let columns: Vec<ArrayRef> =
@@ -173,6 +196,47 @@ impl Cache {
             self.answers.push(RecordBatch::try_new(Arc::clone(&self.schema), columns)?);
         }
         Ok(None)
+    }
+}
+
+impl Cache {
+    /// Whether Redis can be asked; while it is down, whether a connection was made in the background.
+    async fn healed(&mut self, client: &mut Lookup) -> Result<bool> {
+        let Some(healing) = &mut self.healing else { return Ok(true) };
+        if !healing.0.is_finished() {
+            return Ok(false);
+        }
+        let reader = (&mut healing.0).await;
+        self.healing = None;
+        let reader =
+            reader.map_err(|_| Error::internal("a look-up's connection was not tried to its end"))??;
+        client.adopt(reader);
+        Ok(true)
+    }
+
+    /// Redis could not be asked.
+    fn fail(&mut self, client: &Lookup, error: &Error) {
+        self.why = error.to_string();
+        if self.outage.fail(self.clock, self.shard, &self.failing) {
+            let hint = error.hint_text().unwrap_or_default();
+            tracing::warn!(table = self.table.name, %error, hint, "look-ups go on without Redis");
+        }
+        let pause = self.outage.retry_at().map(|at| at.saturating_duration_since(self.clock.instant()));
+        let (pause, connect) = (pause.unwrap_or(RETRY).min(RETRY), client.connector());
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the runtime spawns; the look-up waits for this one or ends it"
+        )]
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(pause).await;
+                match connect().await {
+                    Err(error) if !error.is_lasting() => {}
+                    done => return done,
+                }
+            }
+        });
+        self.healing = Some(Healing(task));
     }
 }
 

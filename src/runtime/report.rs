@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::aside;
 use crate::runtime::counts::{Count, Counts};
+use crate::runtime::flushed::ShardFlush;
 use crate::state::manifest::{Accounts, PartitionProgress, PreparedFile, StateFile};
 use crate::stream::{Barrier, DeadLetter, Micros, Place, Positions};
 
@@ -49,6 +50,8 @@ pub struct StatePart {
     pub dead: Vec<DeadLetter>,
     /// Of the operator and the chain behind it, or of the sink.
     pub counts: Counts,
+    /// Of an online sink.
+    pub flushed: Option<ShardFlush>,
 }
 
 /// What a source shard read in an epoch.

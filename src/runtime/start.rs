@@ -11,11 +11,12 @@ use arrow::array::RecordBatch;
 
 use crate::connectors::file_source::FileSource;
 use crate::connectors::memory::MemoryStore;
-use crate::connectors::{OnlineStore, PartitionInfo, SourceConnector, files};
+use crate::connectors::{OnlineState, OnlineStore, PartitionInfo, SourceConnector, files};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
 use crate::runtime::RunOptions;
 use crate::runtime::changes;
+use crate::runtime::flushed::set_back;
 use crate::runtime::lookups::{self, Digests, Lookups};
 #[cfg(feature = "delta")]
 use crate::runtime::remake::Past;
@@ -60,7 +61,8 @@ pub struct Online {
     pub store: Arc<dyn OnlineStore>,
     /// How far the store had seen the source.
     pub hold: Positions,
-    /// The fence of the process that wrote our state is gone: the store was emptied or restored from an older copy.
+    /// The fence of the process that wrote our state is gone, or what it had acknowledged is forgotten: the store was
+    /// emptied or restored from an older copy.
     /// It is raised once a manifest says that every row is to be written.
     pub lost: bool,
 }
@@ -211,10 +213,11 @@ async fn online_stores(
 
 /// Looks at the fence, raises it unless the store lost what it had, then reads how far the store had seen the source.
 async fn claim_online(store: Arc<dyn OnlineStore>, node: &str, manifest: &Manifest) -> Result<Online> {
-    let found = store.open().await?.fence;
+    let OnlineState { fence: found, flushed, .. } = store.open().await?;
     // The generation under which the sink's state was written had raised its fence before.
-    let expected = manifest.nodes.get(node).map_or(0, |progress| progress.generation.unwrap_or(1));
-    let lost = found < expected;
+    let progress = manifest.nodes.get(node);
+    let expected = progress.map_or(0, |progress| progress.generation.unwrap_or(1));
+    let lost = found < expected || set_back(progress.and_then(|progress| progress.facts.as_ref()), &flushed);
     crash::point("redis.fence.before");
     let fence = if lost { found } else { store.raise_fence(manifest.generation).await? };
     crash::point("redis.fence.after");
@@ -226,7 +229,7 @@ async fn claim_online(store: Arc<dyn OnlineStore>, node: &str, manifest: &Manife
         .hint("Another state writes this sink; give the sink another prefix, or stop the other pipeline."));
     }
     if lost {
-        tracing::warn!(sink = node, "the online store lost its fence, every key is written again");
+        tracing::warn!(sink = node, "the online store lost what it had, every key is written again");
     }
     let hold = if lost { Positions::default() } else { store.open().await?.consumed };
     Ok(Online { store, hold, lost })

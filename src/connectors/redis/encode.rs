@@ -298,8 +298,8 @@ pub(super) struct Layout {
 
 /// What one script call writes.
 pub(super) struct Call<'a> {
-    /// Fence, flush field, own number, predecessor's number or nothing.
-    pub guard: [&'a [u8]; 4],
+    /// Fence, flush field, own number, predecessor's number or nothing, number of the last acknowledged call or nothing.
+    pub guard: [&'a [u8]; 5],
     pub rows: RecordBatch,
     pub expire_at_ms: Option<Int64Array>,
     pub deletes: Option<RecordBatch>,

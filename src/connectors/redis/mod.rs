@@ -19,17 +19,30 @@
 //! Numbers have a fixed width because the script compares them as text: Lua's numbers lose integers above 2^53.
 //! The generation is part of the flush number, so a new generation starts again at any number.
 //!
+//! # Faults
+//! What an error answer asks for is in [`fault`]. A server that was emptied has no fence; one that was set back to an
+//! older copy does not remember the last flush that it acknowledged, and the script takes the fence away. Either way
+//! nothing is written until the runtime has marked every row and raises the fence again. An answer that got lost says
+//! nothing: the same flush sent again is recognised by its number, one given up on comes too late for a higher number.
+//!
 //! # Rights
-//! A sink sends PING, SCRIPT LOAD, EVAL, EVALSHA and HGETALL, its scripts HGET, HSET, HDEL, PEXPIREAT, PERSIST and DEL, for
+//! A sink sends HELLO, PING, SCRIPT LOAD, EVAL, EVALSHA and HGETALL, its scripts HGET, HSET, HDEL, PEXPIREAT, PERSIST and DEL, for
 //! keys of its prefix and the bookkeeping `millstream:{*}`; reading a sink back sends PING, SCAN and HMGET. What the user
 //! may not do is an error at the start, as far as the server tells (Redis 7), and ends the pipeline at run time.
 //!
 //! # Not yet
-//! Redis Cluster: the script touches keys of many slots, so they would have to be split by slot.
+//! Redis Cluster; a node of one is refused when a connection is made, as a scan would miss rows. What it takes: a script may
+//! touch one slot only, so rows are grouped by slot, and each of the 16,384 slots has a bookkeeping hash of its own (a tag
+//! that hashes to it) with fence and flush numbers; the fence is raised in every slot before offsets are read. These lie in
+//! one slot, and as nodes know no order among them, they are raised and acknowledged before a flush writes its rows. A
+//! replica that is promoted lacks what was acknowledged last, also in slots that nobody writes any more: after a change of
+//! a slot's node the numbers of all its slots are compared, not those of the next flush alone. MOVED changes the map of
+//! slots, ASK and TRYAGAIN wait for the end of a migration.
 
 pub mod encode;
 #[cfg(test)]
 mod encode_tests;
+mod fault;
 pub mod scan;
 mod script;
 mod store;

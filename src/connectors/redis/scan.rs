@@ -1,17 +1,22 @@
 //! Reads a sink back as rows, for `query`.
 //!
 //! Every column, key columns included, comes from the hash fields; a missing field is NULL. Hashes under the prefix
-//! that lack a key column are not ours and are left out. A scan is no snapshot: rows written meanwhile may be old or
+//! that lack a key column are not ours and are left out, as are keys that hold no hash. A scan is no snapshot: rows written meanwhile may be old or
 //! new, each row by itself is whole.
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::array::{Array, ArrayRef, BinaryBuilder, RecordBatch, new_null_array};
 use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, SchemaRef};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::time::timeout;
 
 use super::encode::{TextColumn, bulk, command, key};
+use super::fault::Fault;
 use super::store::{Lane, Pool};
 use super::wire::Reply;
 use super::{BOOK_PREFIX, RedisConfig, check_schema};
@@ -19,6 +24,8 @@ use crate::error::{Error, Result};
 
 /// Rows per batch handed back, about.
 const BATCH: usize = 8_192;
+/// For one look-up, so that rows do not wait long for a server that hangs.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Keys that the server looks at per step.
 const SCAN_COUNT: &str = "1000";
 
@@ -80,22 +87,56 @@ impl Lookup {
         Self { config, schema, reader: None }
     }
 
-    /// As [`get`].
+    /// As [`get`], within five seconds.
     ///
     /// # Errors
-    /// As [`get`].
+    /// As [`get`]; the connection is then made anew.
     pub async fn get(&mut self, keys: &RecordBatch) -> Result<Vec<RecordBatch>> {
-        let mut reader = match self.reader.take() {
-            Some(reader) => reader,
-            None => Reader::open(&self.config, &self.schema).await?,
-        };
+        match timeout(LOOKUP_TIMEOUT, self.ask(keys)).await {
+            Ok(answers) => answers,
+            Err(_) => {
+                let shown = self.config.shown_url();
+                let seconds = LOOKUP_TIMEOUT.as_secs();
+                Err(Error::external(format!("redis at {shown} did not answer within {seconds} s")))
+            }
+        }
+    }
+
+    async fn ask(&mut self, keys: &RecordBatch) -> Result<Vec<RecordBatch>> {
+        if let Some(mut reader) = self.reader.take() {
+            match reader.get(&self.config, keys).await {
+                Ok(answers) => {
+                    self.reader = Some(reader);
+                    return Ok(answers);
+                }
+                Err(error) if error.is_lasting() => return Err(error),
+                // It may only have been idle for too long: a new connection decides.
+                Err(error) => tracing::debug!(%error, "a connection for look-ups was lost"),
+            }
+        }
+        let mut reader = Reader::open(&self.config, &self.schema).await?;
         let answers = reader.get(&self.config, keys).await?;
         self.reader = Some(reader);
         Ok(answers)
     }
+
+    /// Makes connections beside the look-ups, for [`Lookup::adopt`].
+    pub fn connector(&self) -> impl Fn() -> BoxFuture<'static, Result<Reader>> + Send + 'static {
+        let (config, schema) = (self.config.clone(), Arc::clone(&self.schema));
+        move || {
+            let (config, schema) = (config.clone(), Arc::clone(&schema));
+            async move { Reader::open(&config, &schema).await }.boxed()
+        }
+    }
+
+    /// Goes on with this connection.
+    pub fn adopt(&mut self, reader: Reader) {
+        self.reader = Some(reader);
+    }
 }
 
-struct Reader {
+/// A connection, and what is read over it.
+pub struct Reader {
     pool: Pool,
     lane: Lane,
     schema: SchemaRef,
@@ -167,7 +208,13 @@ impl Reader {
         }
         self.lane.wire.send(&bytes).await.map_err(|error| self.pool.unreachable(error))?;
         for _ in keys {
-            let Reply::Array(values) = self.reply().await? else { return Err(self.pool.odd()) };
+            let values = match self.lane.wire.reply().await {
+                Ok(Reply::Array(values)) => values,
+                Ok(Reply::Error(error)) if Fault::of(&error) == Fault::WrongType => continue,
+                Ok(Reply::Error(error)) => return Err(self.pool.refused(&error)),
+                Ok(_) => return Err(self.pool.odd()),
+                Err(error) => return Err(self.pool.unreachable(error)),
+            };
             if values.len() != self.columns.len() {
                 return Err(self.pool.odd());
             }

@@ -7,7 +7,7 @@ use redis::Script;
 use crate::stream::Place;
 
 /// Values in `ARGV` in front of the field names.
-pub(super) const HEADER: usize = 10;
+pub(super) const HEADER: usize = 11;
 
 /// Keys of one call.
 pub(super) const KEYS_PER_CALL: usize = 1_000;
@@ -15,9 +15,13 @@ pub(super) const KEYS_PER_CALL: usize = 1_000;
 /// Checks fence and flush number, then writes; all or nothing, as nothing else runs meanwhile.
 ///
 /// `KEYS`: bookkeeping hash, keys to write, keys to delete. `ARGV`: fence, flush field, flush number, number of the
-/// call before in the same flush or '', counts of fields, writes and deletes, whether rows have an expiry, whether
-/// they have a map of NULLs, count of offsets; field names; pairs of offset field and offset; per row [expiry ms or ''],
-/// [NULL map or ''], values.
+/// call before in the same flush or '', number of the last call that was acknowledged or '', counts of fields, writes and
+/// deletes, whether rows have an expiry, whether they have a map of NULLs, count of offsets; field names; pairs of offset
+/// field and offset; per row [expiry ms or ''], [NULL map or ''], values.
+///
+/// A server that does not remember a call which it had acknowledged was set back to an older copy: restarted from its last
+/// snapshot, or a replica that was promoted. The fence is taken away then, so that whoever comes next, after a kill too,
+/// knows that rows are missing.
 ///
 /// The offsets are raised before the rows are written: whoever reads them after a failure or a kill half way knows that
 /// rows up to there may be shown, and shows none that is older. The flush number is set last: when a command fails half way (wrong type, out of memory), the flush counts as not
@@ -32,13 +36,17 @@ if not fence or fence < ARGV[1] then return {'LOST', fence or ''} end
 local done = call('HGET', book, ARGV[2])
 if done and done >= ARGV[3] then return {'STALE', done} end
 if ARGV[4] ~= '' and done ~= ARGV[4] then return {'GAP', done or ''} end
-local fields, writes, deletes = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local expiring, nullable, offsets = ARGV[8] == '1', ARGV[9] == '1', tonumber(ARGV[10])
+if ARGV[5] ~= '' and (not done or done < ARGV[5]) then
+  call('HDEL', book, 'fence')
+  return {'LOST', done or ''}
+end
+local fields, writes, deletes = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+local expiring, nullable, offsets = ARGV[9] == '1', ARGV[10] == '1', tonumber(ARGV[11])
 local expires = call('HGET', book, 'expires')
 if expiring and not expires then call('HSET', book, 'expires', '1') end
 local pairs_of, set, gone = {}, {}, {}
-for f = 1, fields do pairs_of[2 * f - 1] = ARGV[10 + f] end
-local at, last = 10 + fields, 2 * fields
+for f = 1, fields do pairs_of[2 * f - 1] = ARGV[11 + f] end
+local at, last = 11 + fields, 2 * fields
 for i = at + 1, at + 2 * offsets, 2 do
   local old = call('HGET', book, ARGV[i])
   if not old or old < ARGV[i + 1] then call('HSET', book, ARGV[i], ARGV[i + 1]) end
@@ -55,9 +63,9 @@ for k = 2, writes + 1 do
     local s, g = 0, 0
     for f = 1, fields do
       if byte(nulls, f) == 49 then
-        g = g + 1 gone[g] = ARGV[10 + f]
+        g = g + 1 gone[g] = ARGV[11 + f]
       else
-        set[s + 1] = ARGV[10 + f] set[s + 2] = ARGV[at + f] s = s + 2
+        set[s + 1] = ARGV[11 + f] set[s + 2] = ARGV[at + f] s = s + 2
       end
     end
     call('HDEL', key, unpack(gone, 1, g))
@@ -122,6 +130,13 @@ pub(super) fn call_text(flush: &str, call: usize) -> String {
 
 pub(super) fn shard_field(shard: u32) -> String {
     format!("flush:{shard}")
+}
+
+/// Shard, generation and number of a [`shard_field`] and its value; `None` for other fields.
+pub(super) fn parse_flush(field: &str, value: &str) -> Option<(u32, (u64, u64))> {
+    let shard = field.strip_prefix("flush:")?.parse().ok()?;
+    let mut parts = value.split('-').map(|part| part.parse().ok());
+    Some((shard, (parts.next()??, parts.next()??)))
 }
 
 pub(super) fn offset_field(place: Place) -> String {

@@ -7,6 +7,7 @@
 //! again is safe: what the server already has is recognised by its number. Whether a flush that failed was written
 //! is unknown, so the caller's next flush must have a higher number and contain at least the same keys.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -16,8 +17,9 @@ use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
 
 use super::encode::{Call, Encoder, Layout, bulk};
+use super::fault::Fault;
 use super::script::{self, KEYS_PER_CALL};
-use super::wire::{Address, Reply, Wire, denied, passes};
+use super::wire::{Address, Reply, Wire};
 use super::{BOOK_PREFIX, RedisConfig, check_schema, tls};
 use crate::connectors::{Flushed, OnlineState, OnlineStore, OnlineWrite};
 use crate::error::{Error, Result};
@@ -82,7 +84,11 @@ impl Pool {
         }
         // Loaded once per connection; should the server forget it, the NOSCRIPT answer leads to a new connection.
         if let Reply::Error(error) = wire.ask(&["SCRIPT", "LOAD", script::WRITE]).await? {
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, error));
+            let kind = match Fault::of(&error).lasts() {
+                true => io::ErrorKind::PermissionDenied,
+                false => io::ErrorKind::ResourceBusy,
+            };
+            return Err(io::Error::new(kind, error));
         }
         Ok(Lane { wire, encoder: Encoder::default(), buffer: Vec::new() })
     }
@@ -111,8 +117,9 @@ impl Pool {
     pub(super) async fn ride_out(&self, attempt: usize, error: io::Error) -> Result<()> {
         // Its siblings are most likely dead too.
         self.idle().clear();
-        let kinds = [io::ErrorKind::TimedOut, io::ErrorKind::PermissionDenied, io::ErrorKind::InvalidData];
-        let hopeless = kinds.contains(&error.kind());
+        use io::ErrorKind as Kind;
+        let hopeless = [Kind::TimedOut, Kind::PermissionDenied, Kind::InvalidData, Kind::Unsupported];
+        let hopeless = hopeless.contains(&error.kind());
         match PAUSES_MS.get(attempt) {
             Some(pause) if !hopeless => {
                 tracing::debug!(url = %self.shown, attempt, %error, "redis connection lost, trying again");
@@ -137,7 +144,12 @@ impl Pool {
         }
         let text = error.to_string();
         let (what, hint) = match error.kind() {
-            io::ErrorKind::PermissionDenied if text.starts_with("NOPERM") => return self.refused(&text),
+            io::ErrorKind::PermissionDenied
+                if text.starts_with("NOPERM") || Fault::of(&text) == Fault::Unfit =>
+            {
+                return self.refused(&text);
+            }
+            io::ErrorKind::Unsupported => return self.of_a_cluster(&text),
             io::ErrorKind::PermissionDenied => {
                 let hint =
                     "Check user, password and database: the options user and password, or those in the url.";
@@ -147,6 +159,7 @@ impl Pool {
             io::ErrorKind::InvalidData => {
                 ("answers something else", "Check that the url is that of a Redis server.")
             }
+            io::ErrorKind::ResourceBusy => ("is not ready", waits_for(&text)),
             io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset if self.address.tls.is_none() => {
                 ("does not answer", "If the server speaks TLS on this port, write the url with rediss://.")
             }
@@ -165,7 +178,7 @@ impl Pool {
                 let mut lane = self.lane().await?;
                 let reply = lane.wire.ask(arguments).await?;
                 match reply {
-                    Reply::Error(error) if passes(&error) => {
+                    Reply::Error(error) if Fault::of(&error) == Fault::Passing => {
                         Err(io::Error::new(io::ErrorKind::ResourceBusy, error))
                     }
                     reply => {
@@ -184,17 +197,29 @@ impl Pool {
     }
 
     pub(super) fn refused(&self, error: &str) -> Error {
-        if denied(error) {
-            return self.forbidden(error);
-        }
-        let hint = match error {
-            error if error.contains("WRONGTYPE") => {
-                "Another program keeps keys of another type under the same prefix: choose another prefix."
+        let message = format!("redis at {} refused a command: {error}", self.shown);
+        match Fault::of(error) {
+            Fault::Denied => self.forbidden(error),
+            Fault::Cluster => self.of_a_cluster(error),
+            Fault::WrongType => {
+                let hint = format!(
+                    "Another program keeps keys of another type under {}*: delete them, or choose another prefix.",
+                    self.prefix
+                );
+                Error::external(message).hint(hint).lasting()
             }
-            error if error.contains("OOM") => "Raise maxmemory of the server, or set a shorter ttl.",
-            _ => "See the server's log.",
-        };
-        Error::external(format!("redis at {} refused a command: {error}", self.shown)).hint(hint)
+            Fault::Unfit => {
+                let hint = "Use a Redis server (5 or newer), or one that is like it, with scripts.";
+                Error::external(message).hint(hint).lasting()
+            }
+            Fault::Passing | Fault::Full | Fault::Other => Error::external(message).hint(waits_for(error)),
+        }
+    }
+
+    fn of_a_cluster(&self, what: &str) -> Error {
+        Error::external(format!("redis at {} cannot be used: {what}", self.shown))
+            .hint("Use a server without cluster mode (cluster-enabled no): a write touches many keys at once, which a cluster spreads over its nodes.")
+            .lasting()
     }
 
     /// The user lacks a right.
@@ -233,11 +258,29 @@ impl Pool {
     }
 }
 
+/// What an error answer that need not last waits for.
+fn waits_for(error: &str) -> &'static str {
+    let has = |word: &str| error.contains(word);
+    if has("OOM") {
+        "Raise maxmemory of the server, or set a shorter ttl; what waits is written then."
+    } else if has("READONLY") || has("MASTERDOWN") {
+        "The server is a replica: point url at the one that takes writes, or promote it."
+    } else if has("MISCONF") {
+        "The server cannot save to its disk: see its log."
+    } else if has("max number of clients") {
+        "Raise maxclients of the server."
+    } else {
+        "See the server's log."
+    }
+}
+
 /// A pipeline's sink in Redis.
 pub struct RedisStore {
     pool: Pool,
     layout: Layout,
     book: String,
+    /// By shard, the number of the last call that the server acknowledged since the fence was raised.
+    acknowledged: Mutex<HashMap<u32, String>>,
 }
 
 impl RedisStore {
@@ -267,7 +310,7 @@ impl RedisStore {
         let pool = Pool::new(config, true)?;
         pool.first().await?;
         pool.probe(&book).await?;
-        Ok(Self { pool, layout, book })
+        Ok(Self { pool, layout, book, acknowledged: Mutex::default() })
     }
 
     /// Sends all calls of a flush on one connection and reads their answers. The next call is encoded while the
@@ -276,7 +319,7 @@ impl RedisStore {
         &self,
         lane: &mut Lane,
         flush: &str,
-        guard: [&str; 2],
+        guard: [&str; 3],
         write: &OnlineWrite,
         consumed: &Positions,
     ) -> Result<Vec<Reply>, Failure> {
@@ -290,8 +333,10 @@ impl RedisStore {
             let last = row + rows == write.rows.num_rows() && delete + gone == deletes;
             let number = script::call_text(flush, calls + 1);
             let before = if calls == 0 { String::new() } else { script::call_text(flush, calls) };
+            // The first call looks whether the server remembers the flush before.
+            let known = if calls == 0 { guard[2] } else { "" };
             let call = Call {
-                guard: [guard[0].as_bytes(), guard[1].as_bytes(), number.as_bytes(), before.as_bytes()],
+                guard: [guard[0], guard[1], &number, &before, known].map(str::as_bytes),
                 rows: write.rows.slice(row, rows),
                 expire_at_ms: write.expire_at_ms.as_ref().map(|expiry| expiry.slice(row, rows)),
                 deletes: write.deletes.as_ref().filter(|_| gone > 0).map(|batch| batch.slice(delete, gone)),
@@ -315,6 +360,10 @@ impl RedisStore {
         Ok(replies)
     }
 
+    fn acknowledged(&self) -> std::sync::MutexGuard<'_, HashMap<u32, String>> {
+        self.acknowledged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What the answers mean. `again`: this flush was sent before, so calls that the server already has are ours.
     fn verdict(&self, replies: &[Reply], flush: &str, again: bool) -> Result<Flushed, Failure> {
         for reply in replies {
@@ -325,7 +374,7 @@ impl RedisStore {
                         _ => return Err(Failure::Final(self.pool.odd())),
                     }
                 }
-                Reply::Error(error) if passes(error) => {
+                Reply::Error(error) if Fault::of(error) == Fault::Passing => {
                     return Err(io::Error::new(io::ErrorKind::ResourceBusy, error.as_str()).into());
                 }
                 Reply::Error(error) => return Err(Failure::Final(self.pool.refused(error))),
@@ -364,6 +413,8 @@ impl OnlineStore for RedisStore {
             let (Some(field), Some(value)) = (pair[0].text(), pair[1].text()) else { continue };
             if field == "fence" {
                 state.fence = value.parse().map_err(|_| self.pool.odd())?;
+            } else if let Some((shard, flush)) = script::parse_flush(field, value) {
+                state.flushed.insert(shard, flush);
             } else if let Some(place) = script::parse_offset_field(field) {
                 state.consumed.raise(place, value.parse().map_err(|_| self.pool.odd())?);
             }
@@ -372,6 +423,7 @@ impl OnlineStore for RedisStore {
     }
 
     async fn raise_fence(&self, generation: u64) -> Result<u64> {
+        self.acknowledged().clear();
         let fence = script::fence_text(generation);
         let reply = self.pool.ask(&["EVAL", script::RAISE, "1", &self.book, &fence]).await?;
         reply.text().and_then(|fence| fence.parse().ok()).ok_or_else(|| self.pool.odd())
@@ -389,18 +441,24 @@ impl OnlineStore for RedisStore {
             return Err(Error::internal("a flush has other columns than its Redis sink"));
         }
         let flush = script::flush_text(generation, number);
-        let guard = [script::fence_text(generation), script::shard_field(shard)];
+        let known = self.acknowledged().get(&shard).cloned().unwrap_or_default();
+        let guard = [script::fence_text(generation), script::shard_field(shard), known];
+        let guard = [guard[0].as_str(), &guard[1], &guard[2]];
         for attempt in 0.. {
             let tried = async {
                 let mut lane = self.pool.lane().await?;
-                let replies =
-                    self.attempt(&mut lane, &flush, [&guard[0], &guard[1]], write, consumed).await?;
+                let replies = self.attempt(&mut lane, &flush, guard, write, consumed).await?;
                 let flushed = self.verdict(&replies, &flush, attempt > 0)?;
                 self.pool.put_back(lane);
-                Ok(flushed)
+                Ok((flushed, replies.len()))
             };
             match tried.await {
-                Ok(flushed) => return Ok(flushed),
+                Ok((flushed, calls)) => {
+                    if flushed == Flushed::Done {
+                        self.acknowledged().insert(shard, script::call_text(&flush, calls));
+                    }
+                    return Ok(flushed);
+                }
                 Err(Failure::Network(error)) => self.pool.ride_out(attempt, error).await?,
                 Err(Failure::Final(error)) => return Err(error),
             }

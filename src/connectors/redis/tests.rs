@@ -1,6 +1,7 @@
 //! Options and bookkeeping, then everything against a real server: the one that `MILLSTREAM_TEST_REDIS` names, else one
 //! that the test starts itself when `redis-server` is installed.
 
+use std::collections::BTreeMap;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -73,6 +74,10 @@ fn bookkeeping_texts_sort_as_numbers_and_read_back() {
     }
     assert_eq!(script::parse_offset_field("offset:1:2"), None);
     assert_eq!(script::parse_offset_field("flush:1"), None);
+    let text = script::call_text(&script::flush_text(7, 1 << 60), 3);
+    assert_eq!(script::parse_flush(&script::shard_field(12), &text), Some((12, (7, 1 << 60))));
+    assert_eq!(script::parse_flush("offset:1:2:3", &text), None);
+    assert_eq!(script::parse_flush("flush:1", "other"), None);
 }
 
 /// A server and a config with names of its own. A started server ends with the test.
@@ -91,7 +96,7 @@ impl Drop for Server {
 }
 
 /// `durable`: what was acknowledged survives a kill.
-fn spawn(port: u16, folder: &std::path::Path, durable: bool) -> Option<Child> {
+fn spawn(port: u16, folder: &std::path::Path, durable: bool, more: &[&str]) -> Option<Child> {
     let port = port.to_string();
     let words = [
         "--port",
@@ -106,7 +111,7 @@ fn spawn(port: u16, folder: &std::path::Path, durable: bool) -> Option<Child> {
         "always",
     ];
     let mut command = Command::new("redis-server");
-    command.args(words).arg("--dir").arg(folder).stdout(Stdio::null()).stderr(Stdio::null());
+    command.args(words).args(more).arg("--dir").arg(folder).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn().ok()
 }
 
@@ -114,7 +119,7 @@ fn spawn(port: u16, folder: &std::path::Path, durable: bool) -> Option<Child> {
 async fn own_server(durable: bool) -> Option<Server> {
     let folder = tempfile::tempdir().unwrap();
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let Some(child) = spawn(port, folder.path(), durable) else {
+    let Some(child) = spawn(port, folder.path(), durable, &[]) else {
         assert!(var("MILLSTREAM_REQUIRE_SERVICES").is_none(), "redis-server is not installed");
         eprintln!("skipped: install redis-server");
         return None;
@@ -264,6 +269,10 @@ async fn rows_are_written_replaced_and_read_back() {
     let error = sink.store.flush(1, 0, 3, &third, &at(7)).await.unwrap_err();
     assert!(error.to_string().contains("WRONGTYPE"), "{error}");
     assert_eq!(sink.store.open().await.unwrap().consumed, at(7), "key 1 may be written already");
+    assert!(error.is_lasting() && error.hint_text().unwrap().contains(&sink.config.prefix), "{error}");
+    let keys = rows(&[(Some(3), None, None), (Some(1), None, None)]).project(&[0]).unwrap();
+    let found = get(&sink.config, &schema(), &keys).await.unwrap();
+    assert_eq!(found.iter().map(RecordBatch::num_rows).sum::<usize>(), 1, "a key without a hash is no row");
     sink.ask(&["DEL", &sink.key(3)]).await;
     assert_eq!(sink.store.flush(1, 0, 4, &third, &at(7)).await.unwrap(), Flushed::Done);
     assert_eq!(sink.content().await, [(1, Some(1.0), None), (3, None, None)]);
@@ -318,6 +327,56 @@ async fn an_emptied_server_is_noticed() {
     assert_eq!(sink.store.raise_fence(3).await.unwrap(), 3);
     assert_eq!(sink.store.flush(3, 0, 4, &write, &at(4)).await.unwrap(), Flushed::Done);
     assert_eq!(sink.content().await, [(1, Some(1.0), None)]);
+}
+
+/// Restarted from its last snapshot, or a replica that was promoted: the fence is ours and acknowledged rows are missing.
+#[tokio::test]
+async fn a_server_that_forgot_an_acknowledged_flush_is_noticed() {
+    let Some(server) = server().await else { return };
+    let sink = Sink::new(&server).await;
+    let write = put(rows(&[(Some(1), Some(1.0), None)]));
+    sink.store.raise_fence(3).await.unwrap();
+    for number in 1..=2 {
+        assert_eq!(sink.store.flush(3, 0, number, &write, &at(1)).await.unwrap(), Flushed::Done);
+    }
+    let book = sink.book();
+    assert_eq!(sink.store.open().await.unwrap().flushed, BTreeMap::from([(0, (3, 2))]));
+    let older = script::call_text(&script::flush_text(3, 1), 1);
+    sink.ask(&["HSET", &book, "flush:0", &older]).await;
+    assert_eq!(sink.store.flush(3, 0, 3, &write, &at(2)).await.unwrap(), Flushed::FenceLost);
+    assert_eq!(sink.store.open().await.unwrap().fence, 0, "known to whoever comes next");
+    assert_eq!(sink.store.open().await.unwrap().consumed, at(1), "nothing was written");
+    // Raised again, numbers count anew; another shard's were not set back.
+    assert_eq!(sink.store.raise_fence(3).await.unwrap(), 3);
+    assert_eq!(sink.store.flush(3, 1, 1, &write, &at(2)).await.unwrap(), Flushed::Done);
+    sink.ask(&["HDEL", &book, "flush:0"]).await;
+    assert_eq!(sink.store.flush(3, 0, 4, &write, &at(2)).await.unwrap(), Flushed::Done);
+    assert_eq!(sink.store.flush(3, 1, 2, &write, &at(2)).await.unwrap(), Flushed::Done);
+    sink.ask(&["HDEL", &book, "flush:1"]).await;
+    assert_eq!(sink.store.flush(3, 1, 3, &write, &at(2)).await.unwrap(), Flushed::FenceLost);
+}
+
+/// A script of a server set to cluster mode would fail on its keys, a scan would miss rows.
+#[tokio::test]
+async fn a_node_of_a_cluster_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let Some(child) = spawn(port, folder.path(), false, &["--cluster-enabled", "yes"]) else {
+        eprintln!("skipped: install redis-server");
+        return;
+    };
+    let server = Server { url: format!("redis://127.0.0.1:{port}"), own: Some((child, folder, port)) };
+    wait_for(port).await;
+    let entries = [("url", server.url.as_str()), ("key", "user_id")];
+    let config = RedisConfig::from_options(&mut Options::of("sink features", &entries)).unwrap();
+    let sink = RedisStore::connect(&config, "test", "x", &schema()).await.err().unwrap();
+    let table = read_all(&config, &schema()).await.unwrap_err();
+    let lookup = get(&config, &schema(), &rows(&[(Some(7), None, None)])).await.unwrap_err();
+    for error in [sink, table, lookup] {
+        let expected = format!("redis at {} cannot be used: it is a node of a Redis Cluster", server.url);
+        assert_eq!(error.message(), expected);
+        assert!(error.is_lasting() && error.hint_text().unwrap().contains("cluster-enabled no"), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -389,7 +448,7 @@ async fn the_connection_comes_back_after_a_restart_of_the_server() {
     let (third, offsets) = (write(3.0), at(3));
     let (flushed, ()) = tokio::join!(sink.store.flush(1, 0, 3, &third, &offsets), async {
         tokio::time::sleep(Duration::from_millis(100)).await;
-        *child = spawn(*port, folder.path(), true).unwrap();
+        *child = spawn(*port, folder.path(), true, &[]).unwrap();
     });
     assert_eq!(flushed.unwrap(), Flushed::Done);
     assert_eq!(sink.content().await, [(1, Some(3.0), None)]);

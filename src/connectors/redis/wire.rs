@@ -13,6 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::encode::command;
+use super::fault::Fault;
 use super::tls::{self, TlsConnector};
 
 /// For name look-up, connection and log-in together.
@@ -24,6 +25,8 @@ const READ_CHUNK: usize = 16 * 1024;
 /// Redis' own limit for one string.
 const MAX_BULK: usize = 512 * 1024 * 1024;
 const MAX_DEPTH: usize = 8;
+/// Of the error for a node of a cluster.
+const CLUSTER: &str = "it is a node of a Redis Cluster";
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Reply {
@@ -70,8 +73,8 @@ impl Wire {
     /// Connects and logs in.
     ///
     /// # Errors
-    /// `PermissionDenied` when the server refuses the user, password or database; `TimedOut`; what [`tls::fault`] knows;
-    /// any other kind from the network.
+    /// `PermissionDenied` when the server refuses the user, password or database; `Unsupported` for a node of a cluster;
+    /// `ResourceBusy` when it is not ready; `TimedOut`; what [`tls::fault`] knows; any other kind from the network.
     pub(super) async fn connect(address: &Address) -> io::Result<Self> {
         within(CONNECT_TIMEOUT, "connecting", async {
             let stream: Box<dyn Stream> = match (&address.addr, &address.tls) {
@@ -83,7 +86,7 @@ impl Wire {
                 (ConnectionAddr::Unix(path), None) => Box::new(tokio::net::UnixStream::connect(path).await?),
                 _ => {
                     return Err(io::Error::new(
-                        io::ErrorKind::Unsupported,
+                        io::ErrorKind::InvalidInput,
                         "this kind of address is not supported",
                     ));
                 }
@@ -109,16 +112,25 @@ impl Wire {
         commands.push(vec!["PING".to_owned()]);
         for words in commands {
             if let Reply::Error(error) = self.ask(&words).await? {
-                // LOADING and the like pass by themselves; the rest needs a person.
-                let kind = if passes(&error) {
-                    io::ErrorKind::ResourceBusy
-                } else {
-                    io::ErrorKind::PermissionDenied
+                let kind = match Fault::of(&error).lasts_at_log_in() {
+                    true => io::ErrorKind::PermissionDenied,
+                    false => io::ErrorKind::ResourceBusy,
                 };
                 return Err(io::Error::new(kind, error));
             }
         }
-        Ok(())
+        self.check_alone().await
+    }
+
+    /// A server of a cluster holds some slots only: a scan would miss rows, a script its keys. Every user may ask.
+    async fn check_alone(&mut self) -> io::Result<()> {
+        // Servers before Redis 6 do not know the command.
+        let Reply::Array(facts) = self.ask(&["HELLO"]).await? else { return Ok(()) };
+        let mode = facts.chunks_exact(2).find(|fact| fact[0].text() == Some("mode"));
+        match mode.and_then(|fact| fact[1].text()) {
+            Some("cluster") => Err(io::Error::new(io::ErrorKind::Unsupported, CLUSTER)),
+            _ => Ok(()),
+        }
     }
 
     /// One command, one reply.
@@ -178,21 +190,6 @@ async fn within<T>(limit: Duration, doing: &str, work: impl Future<Output = io::
             Err(io::Error::new(io::ErrorKind::TimedOut, text))
         }
     }
-}
-
-/// Whether a server error says that the user may not do this; it lasts until a person has acted.
-pub(super) fn denied(error: &str) -> bool {
-    let code = error.split(' ').next().unwrap_or_default();
-    // Within a script the code is that of any error.
-    matches!(code, "NOPERM" | "NOAUTH" | "WRONGPASS")
-        || error.contains("ACL failure")
-        || error.contains("can't run this command")
-}
-
-/// Whether a server error goes away without anyone's doing: trying again on a new connection makes sense.
-pub(super) fn passes(error: &str) -> bool {
-    let code = error.split(' ').next().unwrap_or_default();
-    matches!(code, "LOADING" | "BUSY" | "TRYAGAIN" | "MASTERDOWN" | "CLUSTERDOWN" | "READONLY" | "NOSCRIPT")
 }
 
 fn malformed() -> io::Error {
