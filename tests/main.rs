@@ -9,6 +9,7 @@
 )]
 
 mod access;
+mod adhoc;
 mod asof;
 mod brokers;
 mod case;

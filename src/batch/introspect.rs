@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, BooleanArray, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Field, Schema};
 
 use super::Answer;
@@ -83,6 +83,48 @@ pub fn show(catalog: &Catalog, show: Show) -> Result<Answer> {
     answer(columns)
 }
 
+/// Everything that a query can name: its kind, its connector, what it reads.
+///
+/// # Errors
+/// Internal, from arrow.
+pub fn relations(catalog: &Catalog) -> Result<Answer> {
+    let mut rows: Vec<[Option<String>; 4]> = Vec::new();
+    let mut add = |name: &str, kind: &str, connector: Option<String>, reads: Option<String>| {
+        rows.push([Some(name.to_owned()), Some(kind.to_owned()), connector, reads]);
+    };
+    for source in &catalog.sources {
+        let history = source.options.shown("history");
+        add(&source.name, "source", source.options.shown("connector"), history);
+    }
+    for table in &catalog.tables {
+        add(&table.name, "table", table.options.shown("connector"), table.options.shown("location"));
+    }
+    catalog.views.iter().for_each(|view| add(&view.name, "view", None, None));
+    for sink in &catalog.sinks {
+        let reads = match &sink.input {
+            SinkInput::Relation { name, .. } => Some(name.clone()),
+            SinkInput::Query(_) => None,
+        };
+        add(&sink.name, "sink", sink.options.shown("connector"), reads);
+    }
+    let column = |at: usize| texts(rows.iter().map(|row| row[at].as_deref()));
+    answer(vec![("name", column(0)), ("kind", column(1)), ("connector", column(2)), ("reads", column(3))])
+}
+
+/// DataFusion does not say which name is near one that is not there.
+pub fn nearest_name(catalog: &Catalog, error: Error) -> Error {
+    let message = error.message();
+    let Some(name) = message.strip_prefix("table '").and_then(|rest| rest.strip_suffix("' not found")) else {
+        return error;
+    };
+    let names = catalog.names();
+    match nearest(name, &names) {
+        Some(near) => error.hint(format!("Did you mean {near}?")),
+        None if names.is_empty() => error.hint("A file is named by its path, as in FROM './rows.parquet'."),
+        None => error.hint(format!("The pipeline declares {}.", names.join(", "))),
+    }
+}
+
 /// Columns of a source, view, sink or declared table; `None` when there is no such object in the pipeline.
 ///
 /// # Errors
@@ -109,6 +151,15 @@ pub async fn describe(catalog: &Catalog, plan: &StreamPlan, name: &str) -> Resul
         return columns(planned.schema().as_arrow(), None).map(Some);
     }
     Ok(None)
+}
+
+/// # Errors
+/// User: the object does not plan.
+pub async fn column_names(catalog: &Catalog, plan: &StreamPlan, name: &str) -> Result<Vec<String>> {
+    let described = describe(catalog, plan, name).await?;
+    let rows = described.iter().flat_map(|columns| &columns.batches);
+    let names = rows.flat_map(|batch| batch.column(0).as_string::<i32>().iter().flatten().map(str::to_owned));
+    Ok(names.collect())
 }
 
 /// The error for a name that is nowhere.

@@ -24,7 +24,7 @@ use crate::stream::letters::schema;
 /// Columns, and whether each descends.
 type Order<'a> = [(&'a str, bool)];
 /// What is kept of a segment, in today's columns.
-type Keep<'a> = dyn Fn(RecordBatch) -> Result<RecordBatch> + 'a;
+type Keep<'a> = dyn Fn(RecordBatch) -> Result<RecordBatch> + Sync + 'a;
 
 /// The place of a record: topic, partition, offset.
 pub type Record = (String, i32, i64);

@@ -5,6 +5,7 @@ mod checkpoints;
 mod dead_letters;
 #[cfg(feature = "kafka")]
 mod dev;
+mod grid;
 mod help;
 mod live;
 mod output;
@@ -12,6 +13,7 @@ mod plan;
 mod progress;
 mod reset;
 mod screen;
+mod shell;
 mod status;
 mod table;
 mod test;
@@ -27,6 +29,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use self::shell::Shell;
+use crate::batch::{Ask, World};
 use crate::connectors::files;
 use crate::connectors::sandbox::Sandbox;
 use crate::error::{Domain, Error, Result};
@@ -121,7 +125,11 @@ enum Command {
         #[arg(value_name = "TOPIC")]
         topic: Vec<String>,
     },
-    /// Runs a query over sinks, tables and files.
+    /// Runs queries over sinks, views, tables and files; without -c a shell, or the script on stdin.
+    ///
+    /// FROM takes a name of the pipeline, or a path between quotes: a file, a folder, a glob ('./days/*.parquet'), s3://…,
+    /// a Delta table. A Delta table can be read as it was: FROM t FOR VERSION AS OF 3, FROM t FOR TIMESTAMP AS OF '…'.
+    /// A condition on the key of a Redis sink reads that key alone. In the shell, \? says what else there is.
     Query(QueryArgs),
     /// Lists, shows and replays records that could not become rows.
     #[command(subcommand)]
@@ -178,14 +186,20 @@ struct RunArgs {
 struct QueryArgs {
     #[command(flatten)]
     files: Files,
-    /// The query; it may begin with a comment.
+    /// Statements, each of which prints its rows. Without it: a shell on a terminal, else the script on stdin.
     #[arg(short = 'c', long = "command", value_name = "SQL", allow_hyphen_values = true)]
-    sql: String,
+    sql: Option<String>,
     /// Where the state lies, for dead_letters, and for newest values that are in no Redis (dev).
     #[arg(long)]
     state: Option<String>,
     #[arg(long, value_enum, default_value_t = output::Format::Table)]
     format: output::Format,
+    /// At most so many rows of each query; default: 1000 in a table on a terminal, else all.
+    #[arg(long, value_name = "ROWS")]
+    limit: Option<usize>,
+    /// Runs the query and prints its plan with rows and times of every step.
+    #[arg(long)]
+    explain_analyze: bool,
 }
 
 fn duration(text: &str) -> std::result::Result<Duration, String> {
@@ -236,7 +250,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Ends the process after a failure. Threads of the client libraries may still be at work, also with TLS: OpenSSL's
+/// Ends the process at once, say after a failure. Threads of the client libraries may still be at work, also with TLS: OpenSSL's
 /// clean-up at exit would pull its tables from under them, which has ended in a signal instead of the exit code.
 fn quit(code: u8) -> ExitCode {
     #[cfg(unix)]
@@ -291,7 +305,7 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Checkpoints(args) => checkpoints::run(args).await,
         Command::Reset(args) => reset::run(args).await,
         Command::Help { topic } => help::run(&topic),
-        Command::Query(args) => query(args).await,
+        Command::Query(args) => return query(args).await,
         Command::Test(args) => return test::run(args).await,
         Command::Plan(args) => return plan::run(args).await,
         #[cfg(feature = "delta")]
@@ -393,7 +407,7 @@ async fn run(args: RunArgs) -> Result<()> {
     Ok(())
 }
 
-async fn query(args: QueryArgs) -> Result<()> {
+async fn query(args: QueryArgs) -> Result<ExitCode> {
     // A query over files alone needs no pipeline.
     let missing = args.files.files.iter().all(|path| !path.exists());
     let (catalog, plan) = match missing && args.files.files == [PathBuf::from("./sql")] {
@@ -404,13 +418,26 @@ async fn query(args: QueryArgs) -> Result<()> {
             (catalog, plan)
         }
     };
-    let variables = Variables { overrides: overrides(&args.files.set)?, environment: &environment };
     let sandbox = args.files.sandbox()?;
     if let Some(state) = &args.state {
         sandbox.check(state, false).map_err(|error| error.context("--state"))?;
     }
-    let world =
-        crate::batch::World { variables: &variables, state: args.state.as_deref(), sandbox: &sandbox };
-    let answer = crate::batch::query(&catalog, &plan, &args.sql, &world).await?;
-    output::rows(&answer, args.format)
+    let variables = Variables { overrides: overrides(&args.files.set)?, environment: &environment };
+    // As long as the process: queries are tasks.
+    let world: &'static World<'static> = Box::leak(Box::new(World {
+        catalog: Box::leak(Box::new(catalog)),
+        plan: Box::leak(Box::new(plan)),
+        variables: Box::leak(Box::new(variables)),
+        state: args.state.map(|state| &*state.leak()),
+        sandbox: Box::leak(Box::new(sandbox)),
+    }));
+    let limit = args.limit.or_else(|| shell::default_limit(args.format));
+    let ask = Ask { limit, explain_analyze: args.explain_analyze };
+    let shell = Shell::new(world, ask, args.format);
+    match args.sql {
+        Some(sql) => shell.once(&sql).await?,
+        None if shell.run().await? => return Ok(quit(0)),
+        None => {}
+    }
+    Ok(ExitCode::SUCCESS)
 }

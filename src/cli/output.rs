@@ -22,8 +22,12 @@ pub enum Format {
     Arrow,
 }
 
-/// Text formats show a BYTEA as sinks write it into JSON.
 pub fn rows(answer: &Answer, format: Format) -> Result<()> {
+    write(&encoded(answer, format)?)
+}
+
+/// Text formats show a BYTEA as sinks write it into JSON.
+pub fn encoded(answer: &Answer, format: Format) -> Result<Vec<u8>> {
     let texts;
     let answer = match format {
         Format::Arrow => answer,
@@ -67,7 +71,7 @@ pub fn rows(answer: &Answer, format: Format) -> Result<()> {
             writer.finish()?;
         }
     }
-    write(&bytes)
+    Ok(bytes)
 }
 
 pub fn text(text: &str) -> Result<()> {

@@ -179,6 +179,7 @@ fn did_you_mean(error: &DataFusionError) -> Option<String> {
         names.dedup();
         return Some(match nearest(&field.name, &names) {
             Some(near) => format!("Did you mean {near}?"),
+            None if names.is_empty() => "There is no FROM.".to_owned(),
             None => format!("The columns are {}.", names.join(", ")),
         });
     }

@@ -19,6 +19,7 @@ mod rewrite;
 pub mod statement;
 pub mod types;
 pub mod variables;
+pub mod versions;
 pub mod wildcard;
 pub mod window_tables;
 pub mod windows;

@@ -19,7 +19,7 @@ use crate::sql::options::nearest;
 use crate::sql::place::SourceText;
 use crate::sql::statement::{Show, Statement};
 use crate::sql::variables::{Variables, substitute};
-use crate::sql::{as_of, window_tables, windows};
+use crate::sql::{as_of, versions, window_tables, windows};
 
 static DIALECT: GenericDialect = GenericDialect {};
 
@@ -36,6 +36,20 @@ const SHOWS: [(&str, Show); 5] = [
 /// # Errors
 /// The first user error, at its place in the original text.
 pub fn parse(source: &SourceText, variables: &Variables<'_>) -> Result<Vec<Statement>> {
+    statements(source, &tokens(source, variables)?)
+}
+
+/// The same for what is typed or handed to `query`: tables may have versions ([`versions`]).
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_ad_hoc(source: &SourceText, variables: &Variables<'_>) -> Result<Vec<Statement>> {
+    let mut tokens = tokens(source, variables)?;
+    versions::name_versions(source, &mut tokens)?;
+    statements(source, &tokens)
+}
+
+fn tokens(source: &SourceText, variables: &Variables<'_>) -> Result<Vec<TokenWithSpan>> {
     let text = substitute(source, variables)?;
     let tokens = Tokenizer::new(&DIALECT, &text.text).tokenize_with_location().map_err(|error| {
         let at = text.original(Span::new(error.location, error.location));
@@ -48,6 +62,10 @@ pub fn parse(source: &SourceText, variables: &Variables<'_>) -> Result<Vec<State
         .collect();
     free_window_names(&mut tokens);
     as_of::move_moments(source, &mut tokens)?;
+    Ok(tokens)
+}
+
+fn statements(source: &SourceText, tokens: &[TokenWithSpan]) -> Result<Vec<Statement>> {
     let statements = tokens.split(|token| token.token == Token::SemiColon);
     statements
         .filter(|tokens| !tokens.is_empty())

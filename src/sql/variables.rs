@@ -15,7 +15,7 @@ use crate::sql::place::SourceText;
 /// Where values come from.
 pub struct Variables<'a> {
     pub overrides: BTreeMap<String, String>,
-    pub environment: &'a dyn Fn(&str) -> Option<String>,
+    pub environment: &'a (dyn Fn(&str) -> Option<String> + Sync),
 }
 
 impl Variables<'_> {

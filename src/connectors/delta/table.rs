@@ -13,8 +13,8 @@ use datafusion::datasource::TableType;
 use datafusion::error::{DataFusionError, Result as DataFusionResult};
 use datafusion::logical_expr::{Expr, LogicalPlan, TableProviderFilterPushDown};
 use datafusion::physical_plan::ExecutionPlan;
+use deltalake_core::DeltaTable;
 use deltalake_core::delta_datafusion::{DeltaScanConfig, DeltaScanNext};
-use deltalake_core::{DeltaTable, DeltaTableError};
 
 use super::store::{existing_table, failed};
 use crate::error::{Error, Result};
@@ -130,12 +130,33 @@ async fn load(location: &str, as_of: AsOf) -> Result<DeltaTable> {
         }
     };
     match (loaded, as_of) {
+        // The library answers with the oldest version.
+        (Ok(()), AsOf::Millis(millis)) if committed(&table).is_some_and(|at| at > millis) => {
+            Err(Error::user(format!("the Delta table {location} has no version as old as that"))
+                .hint("Give a later time; old versions go when the log expires."))
+        }
         (Ok(()), _) => Ok(table),
-        (Err(DeltaTableError::InvalidVersion(_)), AsOf::Version(version)) => {
-            Err(Error::user(format!("the Delta table {location} has no version {version}")))
+        (Err(error), AsOf::Version(version)) => {
+            // The library's error is one of reading, whatever is missing.
+            let newest = Box::pin(load(location, AsOf::Newest)).await?.version().unwrap_or_default();
+            Err(match version > newest {
+                true => Error::user(format!(
+                    "the Delta table {location} has no version {version}; its newest is {newest}"
+                )),
+                false => Error::external(format!(
+                    "version {version} of the Delta table {location} cannot be read; its newest is {newest}"
+                ))
+                .because(error)
+                .hint("Old versions go when the log expires."),
+            })
         }
         (Err(error), _) => Err(failed(location, error)),
     }
+}
+
+/// When the loaded version was committed, ms since the epoch.
+fn committed(table: &DeltaTable) -> Option<i64> {
+    table.snapshot().ok()?.version_timestamp(table.version()?)
 }
 
 /// A scan that makes its table's store known to whatever session it is planned in.

@@ -34,12 +34,21 @@ const SCAN_COUNT: &str = "1000";
 /// # Errors
 /// External: no server, or a field that does not have the text form of its column.
 pub async fn read_all(config: &RedisConfig, schema: &SchemaRef) -> Result<Vec<RecordBatch>> {
+    read(config, schema, usize::MAX).await
+}
+
+/// As [`read_all`], until there are `most` rows or a few more.
+///
+/// # Errors
+/// As [`read_all`].
+pub async fn read(config: &RedisConfig, schema: &SchemaRef, most: usize) -> Result<Vec<RecordBatch>> {
     let mut reader = Reader::open(config, schema).await?;
     let pattern = pattern(&config.prefix);
     let mut cursor = "0".to_owned();
     // A scan may name a key more than once.
     let mut seen = HashSet::new();
     let mut batches = Vec::new();
+    let mut finished = 0;
     loop {
         let words = ["SCAN", &cursor, "MATCH", &pattern, "COUNT", SCAN_COUNT, "TYPE", "hash"];
         let reply = reader.ask(&words).await?;
@@ -57,10 +66,12 @@ pub async fn read_all(config: &RedisConfig, schema: &SchemaRef) -> Result<Vec<Re
             }
         }
         reader.fetch(&keys).await?;
-        if reader.rows >= BATCH || cursor == "0" {
+        let done = cursor == "0" || finished + reader.rows >= most;
+        if reader.rows >= BATCH || done {
+            finished += reader.rows;
             batches.extend(reader.finish()?);
         }
-        if cursor == "0" {
+        if done {
             return Ok(batches);
         }
     }
