@@ -342,7 +342,9 @@ impl SourceReader for KafkaReader {
             // As librdkafka does when it leaves partitions unfetched: nothing comes, nothing is said.
             let all = self.intake.partitions.iter().map(|progress| progress.id);
             let mut list = TopicPartitionList::new();
-            all.for_each(|id| drop(list.add_partition(&self.source.topic, id)));
+            all.for_each(|id| {
+                list.add_partition(&self.source.topic, id);
+            });
             self.consumer.consumer().pause(&list).ok();
         }
         let limit = max_rows.min(self.source.config.max_batch_rows.unwrap_or(MAX_ROWS)).clamp(1, MAX_ROWS);
