@@ -11,6 +11,7 @@
 mod access;
 mod adhoc;
 mod asof;
+mod backfill;
 mod brokers;
 mod case;
 mod changed;

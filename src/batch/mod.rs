@@ -6,6 +6,8 @@
 
 mod ask;
 mod asof;
+#[cfg(feature = "delta")]
+pub mod backfill;
 pub mod history;
 mod introspect;
 pub mod letters;

@@ -296,9 +296,7 @@ async fn replay(args: ReplayArgs) -> Result<ExitCode> {
         })
         .collect();
     if !lines.is_empty() {
-        eprintln!(
-            "views have these rows once the intervals are computed anew, by a command of a later version:"
-        );
+        eprintln!("views have these rows once the intervals are computed anew:");
         output::text(&lines)?;
     }
     Ok(ExitCode::from(u8::from(!report.failing.is_empty())))

@@ -1,6 +1,8 @@
 //! The command line: the only room that prints. Data goes to stdout, everything else to stderr.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the room that prints")]
 
+#[cfg(feature = "delta")]
+mod backfill;
 mod checkpoints;
 mod dead_letters;
 #[cfg(feature = "kafka")]
@@ -131,6 +133,13 @@ enum Command {
     /// a Delta table. A Delta table can be read as it was: FROM t FOR VERSION AS OF 3, FROM t FOR TIMESTAMP AS OF '…'.
     /// A condition on the key of a Redis sink reads that key alone. In the shell, \? says what else there is.
     Query(QueryArgs),
+    /// Computes the rows of a Delta sink anew from the backup, interval by interval, each replaced in one commit.
+    ///
+    /// Late rows count; how far an interval looks back follows from the SQL. Intervals that are finished and got no new
+    /// rows since are left alone, so a backfill that was killed goes on when it is run again. A stream may write the table
+    /// meanwhile: what it can still change is not touched. Online stores are never written.
+    #[cfg(feature = "delta")]
+    Backfill(backfill::BackfillArgs),
     /// Lists, shows and replays records that could not become rows.
     #[command(subcommand)]
     DeadLetters(dead_letters::DeadLettersCommand),
@@ -306,6 +315,8 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Reset(args) => reset::run(args).await,
         Command::Help { topic } => help::run(&topic),
         Command::Query(args) => return query(args).await,
+        #[cfg(feature = "delta")]
+        Command::Backfill(args) => return backfill::run(args).await,
         Command::Test(args) => return test::run(args).await,
         Command::Plan(args) => return plan::run(args).await,
         #[cfg(feature = "delta")]

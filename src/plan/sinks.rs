@@ -95,6 +95,8 @@ pub struct SinkPlan {
     pub settled: bool,
     /// A column that never falls along the order of the rows: the event time, or what is left of it.
     pub order: Option<usize>,
+    /// The time column: the event time, or that of the windows; `None` where the SQL leaves it out.
+    pub time: Option<usize>,
 }
 
 impl SinkPlan {
@@ -247,6 +249,7 @@ fn add_sink(
         key,
         settled: lowered.retracts,
         order: lowered.time.or_else(|| lowered.closes.iter().position(Option::is_some)),
+        time: lowered.time,
     };
     lowering.add(sink.name.clone(), NodeKind::Sink(sink_plan), Some(edge), schema);
     Ok(())

@@ -45,6 +45,9 @@ pub const POINTS: [&str; 34] = [
     "delete",
 ];
 
+/// The points of a backfill, which no pipeline passes.
+pub const OF_BACKFILL: [&str; 2] = ["backfill.before", "backfill.after"];
+
 #[cfg(debug_assertions)]
 mod wanted {
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -53,6 +56,7 @@ mod wanted {
     pub struct Wanted(Option<(String, AtomicUsize)>);
 
     impl Wanted {
+        #[expect(clippy::disallowed_methods, reason = "a switch for tests of debug builds")]
         pub fn of(variable: &str) -> Self {
             let at = std::env::var(variable).ok();
             Self(at.map(|at| {
@@ -94,7 +98,8 @@ pub fn point(name: &'static str) {
     use std::sync::LazyLock;
     static CRASH: LazyLock<wanted::Wanted> = LazyLock::new(|| wanted::Wanted::of("MILLSTREAM_CRASH_AT"));
     static STOP: LazyLock<wanted::Wanted> = LazyLock::new(|| wanted::Wanted::of("MILLSTREAM_STOP_AT"));
-    debug_assert!(POINTS.contains(&name), "{name} is not in the list of points");
+    let known = POINTS.contains(&name) || OF_BACKFILL.contains(&name);
+    debug_assert!(known, "{name} is not in the list of points");
     if CRASH.reached(name) {
         abort();
     }

@@ -91,6 +91,7 @@ pub async fn prepare(source: &SourcePlan, mut records: Vec<Record>, folder: &Pat
         key: Vec::new(),
         settled: false,
         order: None,
+        time: None,
     };
     let node =
         |id: &str, kind, inputs| Node { id: id.to_owned(), kind, inputs, schema: Arc::clone(&source.schema) };

@@ -60,6 +60,19 @@ pub async fn provider_as_of(location: &str, as_of: AsOf) -> Result<Arc<dyn Table
     Ok(Arc::new(Delta { table, scan }))
 }
 
+/// Some files of a table that is loaded, by their paths as delta-rs shows them.
+///
+/// # Errors
+/// External: the table cannot be scanned.
+pub(super) fn provider_of_files(table: &DeltaTable, paths: Vec<String>) -> Result<Arc<dyn TableProvider>> {
+    let location = table.table_url().to_string();
+    let snapshot = table.snapshot().map_err(|error| failed(&location, error))?.snapshot().clone();
+    let mut config = DeltaScanConfig::new().with_wrap_partition_values(false);
+    config.schema_force_view_types = false;
+    let scan = DeltaScanNext::new(snapshot, config)?.with_file_paths(paths);
+    Ok(Arc::new(Delta { table: table.clone(), scan }))
+}
+
 /// Writes a checkpoint of the newest version, so that readers need not replay the log; returns the version. Commits
 /// may go on meanwhile. Old log entries are kept.
 ///

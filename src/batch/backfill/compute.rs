@@ -1,0 +1,236 @@
+//! One interval: its rows, batch by batch into files, and the commit.
+
+use std::sync::Arc;
+
+use datafusion::dataframe::DataFrame;
+use datafusion::logical_expr::{Expr, cast, lit};
+use datafusion::prelude::ident;
+use datafusion::scalar::ScalarValue;
+use futures::StreamExt;
+use tokio::sync::Mutex;
+
+use super::prepare::{Cut, Prepared, computed};
+use super::{Done, Event, Interval, Listener, Options, Status};
+use crate::batch::history;
+use crate::batch::order::TotalOrder;
+use crate::connectors::delta::PreparedFile;
+use crate::connectors::delta::replace::{Pinned, Replaced, Replacement};
+use crate::error::{Error, Result};
+use crate::plan::session::batch_session;
+use crate::plan::views::{ViewPlanner, quoted};
+use crate::sql::SinkInput;
+use crate::stream::Micros;
+use crate::stream::clock::Clock;
+
+/// Times that an interval is begun again after a conflict.
+const ATTEMPTS: usize = 20;
+
+/// The intervals of one run.
+pub struct Job<'a> {
+    prepared: &'a Prepared<'a>,
+    cut: &'a Cut,
+    /// The state that owned the table when it was planned.
+    owner: Option<String>,
+    /// The newest turn of the ledger then.
+    turn: i64,
+    fingerprint: i64,
+    by_offset: bool,
+    /// Commits are made one after the other.
+    commits: Mutex<()>,
+    options: &'a Options,
+    listener: Listener<'a>,
+}
+
+/// How an attempt to commit ended.
+enum Outcome {
+    Done(Done),
+    /// What came between.
+    Conflict(String),
+}
+
+impl<'a> Job<'a> {
+    pub fn new(
+        prepared: &'a Prepared<'a>,
+        cut: &'a Cut,
+        pinned: Option<&Pinned>,
+        options: &'a Options,
+        listener: Listener<'a>,
+    ) -> Self {
+        let turns = pinned.map(Pinned::ledger).unwrap_or_default();
+        Self {
+            prepared,
+            cut,
+            owner: pinned.and_then(|pinned| pinned.state_id.clone()),
+            turn: turns.iter().map(|known| known.turn).max().unwrap_or(0),
+            fingerprint: prepared.fingerprint(pinned),
+            by_offset: prepared.by_offset(pinned),
+            commits: Mutex::new(()),
+            options,
+            listener,
+        }
+    }
+
+    /// # Errors
+    /// User: the SQL fails on a row. External: a store failed, or others rewrite the interval all the time.
+    pub async fn interval(&self, interval: Interval) -> Result<Done> {
+        let begun = Clock.unix_millis();
+        let mut done = match self.by_offset {
+            true => self.by_offset(interval).await,
+            false => self.by_version(interval).await,
+        };
+        if let Ok(done) = &mut done {
+            done.seconds = (Clock.unix_millis() - begun) as f64 / 1e3;
+        }
+        done.map_err(|error| error.context(format_args!("interval {interval}")))
+    }
+
+    /// The rows do not depend on the table: after a conflict only the commit is made again.
+    async fn by_version(&self, interval: Interval) -> Result<Done> {
+        let files = self.compute(self.cut, interval).await?;
+        let _turn = self.commits.lock().await;
+        for _ in 0..ATTEMPTS {
+            let base = self.pin().await?;
+            match self.commit(&base, self.cut, interval, &files).await? {
+                Outcome::Done(done) => return Ok(done),
+                Outcome::Conflict(why) => (self.listener)(Event::Again(interval, &why)),
+            }
+        }
+        self.prepared.table.discard(&files).await;
+        Err(self.busy())
+    }
+
+    /// The rows are those that the sink has read at the version whose files are replaced.
+    async fn by_offset(&self, interval: Interval) -> Result<Done> {
+        let _turn = self.commits.lock().await;
+        for _ in 0..ATTEMPTS {
+            let base = self.pin().await?;
+            let cut = self.prepared.cut(Some(&base), self.options.wait, self.listener).await?;
+            let files = self.compute(&cut, interval).await?;
+            match self.commit(&base, &cut, interval, &files).await? {
+                Outcome::Done(done) => return Ok(done),
+                Outcome::Conflict(why) => (self.listener)(Event::Again(interval, &why)),
+            }
+            self.prepared.table.discard(&files).await;
+        }
+        Err(self.busy())
+    }
+
+    fn busy(&self) -> Error {
+        let message =
+            format!("others rewrite the table of the sink {} all the time", self.prepared.sink.name);
+        Error::external(message).hint("Try again when they are through; finished intervals stay.")
+    }
+
+    async fn pin(&self) -> Result<Pinned> {
+        let sink = &self.prepared.sink.name;
+        let base = self.prepared.table.pin().await?;
+        let base = base.ok_or_else(|| Error::external(format!("the table of the sink {sink} is gone")))?;
+        match base.state_id == self.owner {
+            true => Ok(base),
+            false => {
+                let message = format!("the table of the sink {sink} was taken over meanwhile");
+                Err(Error::external(message).hint("Run the backfill again: what is complete has changed."))
+            }
+        }
+    }
+
+    async fn commit(
+        &self,
+        base: &Pinned,
+        cut: &Cut,
+        interval: Interval,
+        files: &[PreparedFile],
+    ) -> Result<Outcome> {
+        let table = &self.prepared.table;
+        // Another backfill of the same rows came first.
+        let known = computed(&base.ledger(), interval, self.fingerprint);
+        if let Some(known) = known.filter(|k| k.turn > self.turn && k.backup_version >= cut.version) {
+            (self.listener)(Event::Again(interval, "another backfill has just finished it"));
+            table.discard(files).await;
+            let rows = known.rows.and_then(|rows| u64::try_from(rows).ok());
+            let status = Status::Unchanged;
+            let done =
+                Done { interval, rows_before: rows, rows_after: rows, seconds: 0.0, version: None, status };
+            return Ok(Outcome::Done(done));
+        }
+        let wanted = Replacement {
+            interval,
+            files,
+            fingerprint: self.fingerprint,
+            backup_version: cut.version,
+            offsets: &cut.offsets,
+        };
+        Ok(match table.replace(base, &wanted).await? {
+            Replaced::Conflict(why) => Outcome::Conflict(why),
+            Replaced::Version { version, rows_before } => Outcome::Done(Done {
+                interval,
+                rows_before: Some(rows_before),
+                rows_after: Some(files.iter().map(|file| file.rows).sum()),
+                seconds: 0.0,
+                version: Some(version),
+                status: Status::Written,
+            }),
+        })
+    }
+
+    /// Writes the rows of an interval into files that no commit names yet.
+    async fn compute(&self, cut: &Cut, interval: Interval) -> Result<Vec<PreparedFile>> {
+        let rows = rows(self.prepared, cut, interval).await?;
+        let mut rows = rows.execute_stream().await?;
+        let mut writer = self.prepared.table.writer()?;
+        while let Some(batch) = rows.next().await {
+            let batch = batch?;
+            writer.write(&batch)?;
+            (self.listener)(Event::Rows(batch.num_rows() as u64));
+            if writer.wants_upload() {
+                writer.upload(0).await?;
+            }
+        }
+        writer.prepare(0)?.await
+    }
+}
+
+/// The sink's rows of an interval, as a plan over what of the backup they depend on.
+async fn rows(prepared: &Prepared<'_>, cut: &Cut, interval: Interval) -> Result<DataFrame> {
+    let (catalog, source) = (prepared.catalog, &prepared.source);
+    let session = batch_session()?;
+    session.add_analyzer_rule(Arc::new(TotalOrder));
+    let name = quoted(&source.name);
+    let provider = match &cut.provider {
+        Some(provider) => Arc::clone(provider),
+        None => {
+            let all = history::Cut::default();
+            history::register(&session, catalog, &prepared.plan, source, &all).await?;
+            let provider = session.deregister_table(name.clone())?;
+            provider.ok_or_else(|| Error::internal("a backup that was registered is not there"))?
+        }
+    };
+    let mut input = session.read_table(provider)?;
+    if let Some(time) = source.event_time {
+        let (from, to) = prepared.reads(interval);
+        let time = ident(source.schema.field(time).name());
+        input = input.filter(time.clone().lt(at(to)))?;
+        if let Some(from) = from {
+            input = input.filter(time.gt_eq(at(from)))?;
+        }
+    }
+    session.register_table(name, input.into_view())?;
+    let declared = catalog.sink(&prepared.sink.name);
+    let declared = declared.ok_or_else(|| Error::internal("a planned sink is not declared"))?;
+    let mut views = ViewPlanner::new(&session, catalog, &prepared.sources);
+    let plan = match &declared.input {
+        SinkInput::Relation { name, place } => views.relation(name, place).await?,
+        SinkInput::Query(query) => views.query(query, &declared.place).await?,
+    };
+    let time = ident(&prepared.time);
+    let columns = prepared.sink.schema.fields().iter();
+    let columns: Vec<Expr> = columns
+        .map(|field| cast(ident(field.name()), field.data_type().clone()).alias(field.name()))
+        .collect();
+    let rows = DataFrame::new(session.state(), plan).select(columns)?;
+    Ok(rows.filter(time.clone().gt_eq(at(interval.from)).and(time.lt(at(interval.to))))?)
+}
+
+fn at(time: Micros) -> Expr {
+    lit(ScalarValue::TimestampMicrosecond(Some(time), Some("UTC".into())))
+}
