@@ -110,6 +110,17 @@ async fn records_that_expired_before_they_were_read_are_a_gap_with_numbers() {
     admin(&case.services.kafka).delete_records(&offsets, &AdminOptions::new()).await.unwrap();
     let out = case.run(&["--until-end"]);
     let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(3) && said.contains("records are in neither"), "{said}");
+    assert!(
+        said.contains(&format!("topic {}, partition 0: its backup ends at offset", case.topic)),
+        "{said}"
+    );
+    // A source without history says so, too.
+    const HISTORY: &str = "history           = 'transactions_backup'";
+    let sql = std::fs::read_to_string(case.path("transactions.sql")).unwrap();
+    std::fs::write(case.path("transactions.sql"), sql.replace(HISTORY, "idle_timeout = '1 minute'")).unwrap();
+    let out = case.run(&["--until-end"]);
+    let said = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.code() == Some(3) && said.contains("records are gone"), "{said}");
     assert!(said.contains(&format!("topic {}, partition 0: the next offset is", case.topic)), "{said}");
 }

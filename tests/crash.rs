@@ -180,9 +180,7 @@ impl Crashes {
         self.produce(CHUNK).await;
         let parallelism = self.parallelism();
         self.case.finish(&parallelism);
-        if let Some(watch) = self.watch.take() {
-            watch.stop();
-        }
+        self.unwatch();
         let manifest = self.check_state().await;
         let read = self.case.produced + self.chunks * BAD_PER_CHUNK;
         let accounts = manifest.sources["transactions"].accounts;
@@ -199,10 +197,10 @@ impl Crashes {
 
     /// The state folder holds what the last manifest names and the manifests kept; gives that manifest, its ledger
     /// lies in the case's folder then.
-    async fn check_state(&self) -> Manifest {
+    pub async fn check_state(&self) -> Manifest {
         let located = store(&self.case, &self.case.state);
         let state = StateStore::new(Arc::clone(&located), object_store::path::Path::default(), Clock);
-        let manifest = state.latest().await.unwrap().unwrap();
+        let manifest = self.manifest().await;
         assert!(manifest.closed);
         let mut found = BTreeSet::new();
         for folder in FOLDERS {
@@ -218,6 +216,20 @@ impl Crashes {
             fs::write(self.case.path(&format!("ledger/{at}.parquet")), bytes).unwrap();
         }
         manifest
+    }
+
+    /// The newest one.
+    pub async fn manifest(&self) -> Manifest {
+        let located = store(&self.case, &self.case.state);
+        let state = StateStore::new(located, object_store::path::Path::default(), Clock);
+        state.latest().await.unwrap().unwrap()
+    }
+
+    /// No value that was served went backward or vanished.
+    pub fn unwatch(&mut self) {
+        if let Some(watch) = self.watch.take() {
+            watch.stop();
+        }
     }
 
     async fn check_tables(&self) {

@@ -12,6 +12,7 @@ mod access;
 mod adhoc;
 mod asof;
 mod backfill;
+mod bootstrap;
 mod brokers;
 mod case;
 mod changed;

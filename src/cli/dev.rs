@@ -102,6 +102,7 @@ fn options(name: &str, state: &str) -> RunOptions {
         until_end: false,
         close: false,
         memory: crate::runtime::memory::default_budget(),
+        allow_gap: false,
         console: super::output::console,
     }
 }
@@ -113,6 +114,8 @@ async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> 
     for node in &mut plan.nodes {
         match &mut node.kind {
             NodeKind::Source(source) => {
+                // The embedded topic is new in each process: its offsets say nothing of an older backup.
+                source.backup = None;
                 if let SourceKind::Kafka(config) = &mut source.kind {
                     broker.ensure_topic(&config.topic)?;
                     config.settings.without_security();

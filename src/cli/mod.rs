@@ -170,6 +170,9 @@ struct RunArgs {
     /// At the stop no row follows: makes everything final and marks the pipeline closed.
     #[arg(long)]
     close: bool,
+    /// Goes on where records are in neither the topic nor its history, and says how many are lost.
+    #[arg(long)]
+    allow_gap: bool,
     /// Name of the pipeline; default: the folder or file stem.
     #[arg(long)]
     name: Option<String>,
@@ -393,6 +396,7 @@ async fn run(args: RunArgs) -> Result<()> {
         until_end: args.until_end,
         close: args.close,
         memory: args.memory.or_else(crate::runtime::memory::default_budget),
+        allow_gap: args.allow_gap,
         console: output::console,
     };
     let metrics = Metrics::of(&plan);

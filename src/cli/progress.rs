@@ -8,10 +8,12 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch::Sender;
 
+use crate::cli::view::count;
 use crate::error::{Error, Result};
 use crate::runtime::Metrics;
 use crate::runtime::coordinator::shown_watermark;
 use crate::runtime::freshness::quantile;
+use crate::stream::clock::Clock;
 
 /// Turns Ctrl-C and SIGTERM into the stop of a run: last checkpoint, then out. A second one does not wait for it, as when
 /// a disk is full or a server does not answer: then the future ends with what that means. `forgets`: the source is gone
@@ -118,9 +120,37 @@ fn newest(sample: &arrow::array::RecordBatch) {
     }
 }
 
-/// What waits, and for what: batches in front of stages, partitions as memory is short.
-pub fn pressure(metrics: &Metrics) -> Vec<String> {
+/// How far a bootstrap from history has come, until it is done.
+fn history(metrics: &Metrics, now_ms: i64) -> Vec<String> {
     let mut lines = Vec::new();
+    for (_, source) in &metrics.sources {
+        let (began, total, read) = (
+            source.history.began_ms.load(Ordering::Relaxed),
+            source.history.total.load(Ordering::Relaxed),
+            source.history.read.load(Ordering::Relaxed),
+        );
+        if began == 0 || read >= total {
+            continue;
+        }
+        let rate = read as f64 / ((now_ms - began).max(1) as f64 / 1e3);
+        let left = if rate > 0.0 { format!("{:.0} s", (total - read) as f64 / rate) } else { "-".to_owned() };
+        let done = (read * 20 / total.max(1)) as usize;
+        lines.push(format!(
+            "history of {}: [{}{}] {} of {} rows, {} rows/s, {left} left",
+            source.name,
+            "#".repeat(done),
+            ".".repeat(20 - done),
+            count(read),
+            count(total),
+            count(rate as u64),
+        ));
+    }
+    lines
+}
+
+/// What waits, and for what: history that is read, batches in front of stages, partitions as memory is short.
+pub fn pressure(metrics: &Metrics) -> Vec<String> {
+    let mut lines = history(metrics, Clock.unix_millis());
     let waiting = metrics.waiting();
     if !waiting.is_empty() {
         let each = waiting.iter().map(|w| format!("{} {} of {}", w.node, w.messages, w.room));

@@ -50,7 +50,9 @@ pub async fn run(args: ResetArgs) -> Result<()> {
         rows(&manifest.ledger),
         rows(&manifest.dead_letters),
     );
-    eprintln!("The next start reads from scan_startup. What sinks hold stays; then:");
+    eprintln!(
+        "The next start reads the source's history, if there is one, then the topic; without, from scan_startup. What sinks hold stays; then:"
+    );
     sinks.iter().for_each(|line| eprintln!("  {line}"));
     if !args.yes {
         let hint = "Copy the state first if its dead letters may still be wanted, then give --yes.";
@@ -67,7 +69,8 @@ pub async fn run(args: ResetArgs) -> Result<()> {
 async fn sinks(files: &Files, manifest: &Manifest) -> Result<Vec<String>> {
     if files.files.iter().any(|path| path.exists()) {
         let plan = crate::plan::sinks::plan(&load(files)?, &[]).await?;
-        return Ok(plan.sinks().map(|(_, sink)| consequence(sink)).collect());
+        let backup = plan.source().and_then(|(_, source)| source.backup.clone());
+        return Ok(plan.sinks().map(|(_, sink)| consequence(sink, backup.as_deref())).collect());
     }
     let tables = manifest.commits.iter().map(|commit| table(&commit.sink, &commit.location));
     Ok(tables.chain(["give the SQL files to hear of sinks other than tables".to_owned()]).collect())
@@ -79,9 +82,15 @@ fn table(sink: &str, location: &str) -> String {
     )
 }
 
-fn consequence(sink: &SinkPlan) -> String {
+/// `backup`: location of the source's history.
+#[cfg_attr(not(feature = "delta"), expect(unused_variables, reason = "a backup is a Delta table"))]
+fn consequence(sink: &SinkPlan, backup: Option<&str>) -> String {
     let name = &sink.name;
     match &sink.kind {
+        #[cfg(feature = "delta")]
+        SinkKind::Delta(config) if backup == Some(config.location.as_str()) => {
+            format!("{name}: the backup {} goes on at its own offsets", config.location)
+        }
         #[cfg(feature = "delta")]
         SinkKind::Delta(config) => table(name, &config.location),
         SinkKind::Ndjson(config) => format!(

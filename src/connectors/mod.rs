@@ -125,6 +125,11 @@ pub trait SourceReader: Send {
         Ok(())
     }
 
+    /// Whether it reads records as they come: then one that gets none may be replaced by a new reader.
+    fn is_live(&self) -> bool {
+        true
+    }
+
     /// Tells the outside which offsets are safe (group offsets for lag tools). The truth stays in the manifest.
     fn acknowledge(&mut self, positions: &Positions);
 

@@ -190,7 +190,7 @@ const SOURCE_TIME: &[OptionDoc] = &[
         "sink or table",
         NONE,
         "transactions_backup",
-        "The backup of this source, which continues it into the past. Checked; used by a later version.",
+        "The backup of this source, a Delta table: a pipeline without state begins with its rows, and goes on in the topic at exactly the next offset.",
     ),
 ];
 const SINK: &[OptionDoc] = &[CONNECTOR];

@@ -154,7 +154,8 @@ pub async fn plan(catalog: &Catalog, only: &[String]) -> Result<StreamPlan> {
                 Some(_) => {}
                 None => {
                     if let Some(plan) = sources.get(&name) {
-                        lowering.add_source(plan.as_ref().clone());
+                        let backup = backup(catalog, plan)?;
+                        lowering.add_source(SourcePlan { backup, ..plan.as_ref().clone() });
                         source = Some(name);
                     }
                 }
@@ -203,6 +204,20 @@ fn check_history(catalog: &Catalog, sources: &BTreeMap<String, Arc<SourcePlan>>)
         }
     }
     Ok(())
+}
+
+/// Location of a source's backup, whether its sink is among those that are planned or not.
+fn backup(catalog: &Catalog, source: &SourcePlan) -> Result<Option<String>> {
+    let Some(history) = &source.history else { return Ok(None) };
+    let sink = catalog.sink(history).map(|sink| &sink.options);
+    let Some(options) = sink.or_else(|| catalog.table(history).map(|table| &table.options)) else {
+        return Ok(None);
+    };
+    let mut options = options.clone();
+    match options.string("connector")?.as_deref() {
+        Some("delta") => options.string("location"),
+        _ => Ok(None),
+    }
 }
 
 async fn sink_input(views: &mut ViewPlanner<'_>, sink: &CreateSink) -> Result<LogicalPlan> {

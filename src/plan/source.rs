@@ -56,8 +56,10 @@ pub struct SourcePlan {
     pub max_future: Micros,
     pub idle_timeout: Duration,
     pub on_error: OnError,
-    /// Name of the backup, parsed and checked; used from the history issue on.
+    /// Name of the backup.
     pub history: Option<String>,
+    /// Location of the backup, if it is a Delta table; filled in with the sinks of the plan.
+    pub backup: Option<String>,
 }
 
 /// The sources of a catalog by name.
@@ -121,6 +123,7 @@ impl SourcePlan {
             idle_timeout,
             on_error,
             history,
+            backup: None,
         })
     }
 

@@ -63,10 +63,8 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
         refusals.extend(copied(plan, latest));
     }
     #[cfg(feature = "delta")]
-    for (_, sink) in plan.sinks() {
-        if let SinkKind::Delta(config) = &sink.kind
-            && let Err(error) = tables::look(config, sink, name, latest.as_ref(), state).await
-        {
+    for (node, _) in plan.sinks() {
+        if let Err(error) = tables::look(plan, node, name, latest.as_ref(), state).await {
             match error.domain() {
                 crate::error::Domain::User => refusals.push(error),
                 _ => return Err(error),

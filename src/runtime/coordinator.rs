@@ -48,6 +48,8 @@ pub struct RunOptions {
     pub close: bool,
     /// Bytes of resident memory; `None`: nobody looks.
     pub memory: Option<u64>,
+    /// Go on where records are in neither the topic nor its history.
+    pub allow_gap: bool,
     /// Where `console` sinks write: only the command line prints.
     pub console: fn() -> Box<dyn std::io::Write + Send>,
 }
@@ -386,6 +388,8 @@ impl Coordinator {
         progress.partitions = parts.iter().flat_map(|part| part.partitions.iter().copied()).collect();
         progress.partitions.sort_by_key(|p| (p.topic, p.partition));
         progress.embedded = self.world.embedded.clone();
+        let history = self.world.history.as_ref();
+        progress.history = history.and_then(|history| history.progress(&progress.partitions));
         progress.watermark = sent_by_all(parts);
         parts.iter().for_each(|part| progress.accounts.add(&part.accounts));
         (name, parts.iter().flat_map(|part| part.late.iter().copied()).collect())

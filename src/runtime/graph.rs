@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::sync::watch;
 
+use crate::connectors::SourceReader;
 use crate::connectors::collect::CollectSink;
 #[cfg(feature = "delta")]
 use crate::connectors::delta::{DeltaConfig, DeltaWriter, Mode, upsert::Stager};
@@ -20,15 +21,17 @@ use crate::operators::newest::Newest;
 use crate::operators::over::Over;
 #[cfg(feature = "redis")]
 use crate::plan::remote::RemoteTable;
-use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
+use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, SourcePlan, StreamPlan};
 use crate::runtime::RunOptions;
 use crate::runtime::aside;
 use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::discovery::{Discovery, shard_of};
+#[cfg(feature = "delta")]
+use crate::runtime::history::floor;
 use crate::runtime::inbox::Inbox;
 use crate::runtime::keyed::Saver;
 use crate::runtime::letters::LetterStage;
-use crate::runtime::metrics::Metrics;
+use crate::runtime::metrics::{Metrics, SourceMetrics};
 use crate::runtime::online::{Fence, FlushState, OnlineTask, Settling};
 #[cfg(feature = "redis")]
 use crate::runtime::outage::Failing;
@@ -291,6 +294,9 @@ impl Graph<'_> {
                     let online = self.world.online.get(&node).cloned().ok_or_else(|| {
                         Error::internal(format!("the online sink {} was not opened", sink.name))
                     })?;
+                    // Values of the past are not shown as the newest.
+                    let mut hold = online.hold;
+                    self.world.history.iter().for_each(|history| hold.raise_all(history.until()));
                     let task = OnlineTask {
                         node,
                         sink: sink.name.as_str().into(),
@@ -300,7 +306,7 @@ impl Graph<'_> {
                         key: sink.key.clone(),
                         newest,
                         store: online.store,
-                        hold: online.hold,
+                        hold,
                         inbox,
                         reports,
                         saver: self.saver(node, shard),
@@ -346,8 +352,18 @@ impl Graph<'_> {
         }
         let writer = DeltaWriter::new(config.clone(), &config.stored_rows(&sink.schema)?, tag)?;
         let (config, epoch) = (config.clone(), self.world.manifest.epoch + 1);
-        self.run_aside(DeltaTask { node, config, writer, epoch, inbox, reports, metrics }.run());
+        let floor = floor(&self.plan, node, self.world.history.as_ref());
+        self.run_aside(DeltaTask { node, config, writer, epoch, floor, inbox, reports, metrics }.run());
         Ok(())
+    }
+
+    /// Begins to read the history, if there is some to read; the readers of the shards.
+    fn read_history(&self, plan: &SourcePlan, counted: &Arc<SourceMetrics>) -> Vec<Box<dyn SourceReader>> {
+        let World { source, positions, ends, .. } = self.world;
+        let Some(history) = &self.world.history else { return Vec::new() };
+        let (feeder, readers) = history.readers(plan, (positions, ends), self.parallelism, source, counted);
+        self.run(feeder.run());
+        readers
     }
 
     /// Source threads, partitions dealt out in turn.
@@ -367,19 +383,24 @@ impl Graph<'_> {
         let counted = self.metrics.source(node);
         counted.watch(watermarks.clone());
         let mut commands: Vec<Sender<Command>> = Vec::new();
+        let mut readers = self.read_history(&plan, &counted).into_iter();
         for (shard, chain) in chains.into_iter().enumerate() {
             let mine = |(place, _): &(Place, i64)| shard_of(*place, self.parallelism) == shard;
             let positions: Positions = self.world.positions.iter().filter(mine).collect();
             let ends = self.world.ends.iter().filter(|(place, _)| positions.get(*place).is_some()).collect();
             let (sender, receiver) = channel(4);
             commands.push(sender);
+            let reader = match readers.next() {
+                Some(reader) => reader,
+                None => self.world.source.reader(positions.clone()).await?,
+            };
             let task = SourceTask {
                 node,
                 shard,
                 plan: Arc::clone(&plan),
                 topics: self.world.source.topics(),
                 source: Arc::clone(&self.world.source),
-                reader: self.world.source.reader(positions.clone()).await?,
+                reader,
                 runtime: tokio::runtime::Handle::current(),
                 clock: Clock,
                 watermarks: watermarks.clone(),

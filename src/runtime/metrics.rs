@@ -29,7 +29,26 @@ pub struct SourceMetrics {
     pub late: AtomicU64,
     /// Records between what was read and the newest known end, over all shards.
     pub lag: AtomicI64,
+    pub history: HistoryMetrics,
     clock: OnceLock<SourceClock>,
+}
+
+/// How far a bootstrap from history has come.
+#[derive(Debug, Default)]
+pub struct HistoryMetrics {
+    /// Rows that are to be read of the backup, and those that were.
+    pub total: AtomicU64,
+    pub read: AtomicU64,
+    /// When reading began, ms since the epoch; 0 before.
+    pub began_ms: AtomicI64,
+}
+
+impl HistoryMetrics {
+    /// More rows are to be read.
+    pub fn begin(&self, rows: u64, now_ms: i64) {
+        self.began_ms.compare_exchange(0, now_ms, Ordering::Relaxed, Ordering::Relaxed).ok();
+        self.total.fetch_add(rows, Ordering::Relaxed);
+    }
 }
 
 impl SourceMetrics {

@@ -14,6 +14,11 @@ mod flushed;
 pub mod freshness;
 mod graph;
 mod grouped;
+#[cfg(feature = "delta")]
+mod history;
+#[cfg(not(feature = "delta"))]
+#[path = "no_history.rs"]
+mod history;
 pub mod inbox;
 mod keyed;
 pub mod lag;

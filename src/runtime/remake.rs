@@ -166,6 +166,7 @@ async fn run(part: Arc<StreamPlan>, past: &Past<'_>, before: &Manifest, epoch: u
         source: Arc::new(Bounded { inner: Arc::clone(past.source), ends: ends.clone() }),
         embedded: None,
         positions: begin(&from, &ends, past.partitions),
+        history: None,
         ends,
         tables: Tables::none(),
         online: BTreeMap::new(),

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+#[cfg(feature = "delta")]
+use arrow::array::BooleanArray;
 use tokio::sync::mpsc::Sender;
 
 use crate::connectors::AppendSink;
@@ -17,6 +19,8 @@ use crate::runtime::report::{Report, StatePart, behind};
 use crate::state::manifest::PreparedFile;
 use crate::stream::Barrier;
 use crate::stream::clock::Clock;
+#[cfg(feature = "delta")]
+use crate::stream::{ChangeBatch, Place, Positions};
 
 pub(super) fn coordinator_gone<E>(_: E) -> Error {
     Error::internal("the coordinator is gone")
@@ -30,6 +34,8 @@ pub struct DeltaTask {
     pub writer: DeltaWriter,
     /// The first epoch of this run, for the names of files.
     pub epoch: u64,
+    /// The table has the rows below these offsets: they come from it, to build other states.
+    pub floor: Positions,
     pub inbox: Inbox,
     pub reports: Sender<Report>,
     pub metrics: Arc<SinkMetrics>,
@@ -48,12 +54,13 @@ impl DeltaTask {
         loop {
             match self.inbox.next().await? {
                 Event::Changes { batch, .. } => {
+                    count.rows_in += batch.num_rows() as u64;
+                    let batch = if self.floor.is_empty() { batch } else { self.above(&batch, &mut count)? };
                     self.writer.write(&self.config.stored(&batch, epoch)?)?;
                     // Closed files leave the memory during the epoch.
                     if self.writer.wants_upload() {
                         self.writer.upload(epoch).await?;
                     }
-                    count.rows_in += batch.num_rows() as u64;
                     Metrics::add(&self.metrics.rows, batch.num_rows() as u64);
                 }
                 Event::Watermark { time, .. } => watermark = time,
@@ -73,6 +80,18 @@ impl DeltaTask {
                 Event::End => return Ok(()),
             }
         }
+    }
+
+    /// The rows that the table does not have yet.
+    fn above(&self, batch: &ChangeBatch, count: &mut Count) -> Result<ChangeBatch> {
+        let origin = &batch.origin;
+        let is_new = |(place, offset): (&i64, &i64)| {
+            self.floor.get(Place(*place)).is_none_or(|floor| *offset >= floor)
+        };
+        let new: BooleanArray =
+            origin.place.values().iter().zip(origin.offset.values()).map(|row| Some(is_new(row))).collect();
+        count.filtered += (batch.num_rows() - new.true_count()) as u64;
+        Ok(batch.filter(&new)?)
     }
 }
 

@@ -194,7 +194,7 @@ impl SourceTask {
     /// Opens a new client when this one gets no more records although the broker has some.
     fn compare(&mut self, ends: Positions) -> Result<()> {
         let still = self.state.standstill.answer(ends, &self.positions, &self.state.paused);
-        let Some(first) = still.first() else { return Ok(()) };
+        let Some(first) = still.first().filter(|_| self.reader.is_live()) else { return Ok(()) };
         let (partition, offset) = (first.partition(), self.positions.get(*first));
         let reader = match self.runtime.block_on(self.source.reader(self.positions.clone())) {
             Ok(reader) => reader,

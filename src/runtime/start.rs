@@ -1,8 +1,9 @@
 //! The start of a pipeline: look, claim, replay, restore. Nothing is written before the claim.
 //!
 //! Order (DESIGN §5): reach every outside system; claim by a manifest with a new generation; create missing tables in
-//! commits of their own; replay the last manifest's prepared commits unchanged, or make them again (`remake`); look at the online stores' fences,
-//! raise them and read how far they had seen; restore operators. Then tasks are spawned.
+//! commits of their own; replay the last manifest's prepared commits unchanged, or make them again (`remake`); look at the
+//! online stores' fences, raise them and read how far they had seen; decide where reading begins, in the topic or in its
+//! history ([`history`]); restore operators. Then tasks are spawned.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,19 +15,19 @@ use crate::connectors::memory::MemoryStore;
 use crate::connectors::{OnlineState, OnlineStore, PartitionInfo, SourceConnector, files};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
-use crate::runtime::RunOptions;
-use crate::runtime::changes;
 use crate::runtime::flushed::set_back;
+use crate::runtime::history::{self, Bootstrap};
 use crate::runtime::lookups::{self, Digests, Lookups};
 #[cfg(feature = "delta")]
 use crate::runtime::remake::Past;
 use crate::runtime::staged;
+use crate::runtime::{RunOptions, changes};
 
 use crate::runtime::tables::Tables;
 use crate::runtime::watermark::Decided;
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
-use crate::state::manifest::Manifest;
+use crate::state::manifest::{Manifest, SourceProgress};
 use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
 use crate::stream::{Place, Positions, crash};
@@ -43,6 +44,8 @@ pub struct World {
     /// Facts of the connector that the manifest keeps.
     pub embedded: Option<serde_json::Value>,
     pub positions: Positions,
+    /// What is read of the source's backup first.
+    pub history: Option<Bootstrap>,
     /// End of each partition as seen at start.
     pub ends: Positions,
     pub tables: Tables,
@@ -72,7 +75,7 @@ pub struct Online {
 ///
 /// Nodes of the plan get the ids under which the state knows them.
 pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> {
-    let RunOptions { name, state, .. } = options;
+    let (name, state) = (options.name.as_str(), options.state.as_str());
     let located = files::open_private(state)?;
     files::probe(&located).await?;
     let store = Arc::new(StateStore::new(located.store, object_store::path::Path::default(), Clock));
@@ -83,7 +86,11 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     let source = plan.source().map(|(_, source)| source.clone());
     let source_plan = &source.ok_or_else(|| Error::user("the pipeline has no sink that reads a source"))?;
     let (source, embedded) = connector(source_plan, name, latest.as_ref()).await?;
-    let partitions = source.partitions().await?;
+    // A gap refuses the start before anything is written.
+    let seen = source.partitions().await?;
+    let gaps = options.allow_gap;
+    let beginning = history::beginning(plan, latest.as_ref(), source.as_ref(), &seen, gaps).await?;
+    let continues = plan.sinks().any(|(node, _)| history::continues(plan, node, latest.as_ref()));
     let online = online_stores(plan, name).await?;
     let (lookups, digests) = lookups::open(plan).await?;
     let lookups = Arc::new(lookups);
@@ -109,7 +116,7 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     let orphans = store.unreferenced(&manifest).await?;
     #[cfg(feature = "delta")]
     {
-        let partitions = &partitions;
+        let partitions = &seen;
         let past = Past { store: &store, manifest: &manifest, source: &source, partitions, options };
         tables.take_over(plan, &past).await?;
     }
@@ -118,7 +125,13 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     for (node, store) in online {
         fenced.insert(node, claim_online(store, &plan.nodes[node].id, &manifest).await?);
     }
-    let positions = positions(&manifest, source_plan, source.as_ref(), &partitions).await?;
+    // Another process may have gone on since we looked, or added to a backup that is ours from the claim on.
+    let known = latest.map(|latest| latest.sources).unwrap_or_default();
+    let beginning = match known == manifest.sources && !continues {
+        true => beginning,
+        false => history::beginning(plan, Some(&manifest), source.as_ref(), &seen, gaps).await?,
+    };
+    let Beginning { partitions, positions, bootstrap: history } = beginning;
     let ends = partitions.iter().map(|p| (Place::new(0, p.topic, p.partition), p.high)).collect();
     let claimed = manifest.epoch;
     let online = fenced;
@@ -130,6 +143,7 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
         source,
         embedded,
         positions,
+        history,
         ends,
         tables,
         online,
@@ -235,26 +249,60 @@ async fn claim_online(store: Arc<dyn OnlineStore>, node: &str, manifest: &Manife
     Ok(Online { store, hold, lost })
 }
 
-/// Where each partition is read from: the manifest, else `scan_startup`; a new partition from its start.
-async fn positions(
-    manifest: &Manifest,
+/// Where a start begins.
+#[derive(Debug)]
+pub struct Beginning {
+    pub partitions: Vec<PartitionInfo>,
+    pub positions: Positions,
+    pub bootstrap: Option<Bootstrap>,
+}
+
+/// The progress of a state that has read something.
+pub(super) fn progress_of<'m>(
+    latest: Option<&'m Manifest>,
+    source: &SourcePlan,
+) -> Option<&'m SourceProgress> {
+    latest?.sources.get(&source.name).filter(|progress| !progress.partitions.is_empty())
+}
+
+/// A start without history: the manifest's offsets, else `scan_startup`; a new partition from its beginning.
+pub(super) async fn from_topic(
     plan: &SourcePlan,
+    progress: Option<&SourceProgress>,
     source: &dyn SourceConnector,
-    partitions: &[PartitionInfo],
-) -> Result<Positions> {
-    let Some(progress) = manifest.sources.get(&plan.name).filter(|p| !p.partitions.is_empty()) else {
-        let start = source.start_positions(partitions).await?;
-        let skipped =
-            |p: &PartitionInfo| start.get(Place::new(0, p.topic, p.partition)).unwrap_or(p.low) - p.low;
+    seen: &[PartitionInfo],
+    allow_gap: bool,
+) -> Result<Beginning> {
+    let partitions = seen.to_vec();
+    let place = |p: &PartitionInfo| Place::new(0, p.topic, p.partition);
+    let Some(progress) = progress else {
+        let positions = source.start_positions(&partitions).await?;
+        let skipped = |p: &PartitionInfo| positions.get(place(p)).unwrap_or(p.low) - p.low;
         let skipped: i64 = partitions.iter().map(skipped).filter(|skipped| *skipped > 0).sum();
         if skipped > 0 {
             tracing::warn!(source = %plan.name, skipped, "records before scan_startup are not read");
         }
-        return Ok(start);
+        return Ok(Beginning { partitions, positions, bootstrap: None });
     };
     let stored = progress.positions(0);
-    let place = |p: &PartitionInfo| Place::new(0, p.topic, p.partition);
-    Ok(partitions.iter().map(|p| (place(p), stored.get(place(p)).unwrap_or(p.low))).collect())
+    let topic = source.topics().first().cloned().unwrap_or_else(|| "".into());
+    let at = |p: &PartitionInfo| {
+        let next = stored.get(place(p)).unwrap_or(p.low);
+        if allow_gap && next < p.low {
+            say_lost(&topic, p.partition, next, p.low);
+        }
+        (place(p), if allow_gap { next.max(p.low) } else { next })
+    };
+    let positions = partitions.iter().map(at).collect();
+    Ok(Beginning { partitions, positions, bootstrap: None })
+}
+
+pub(super) fn say_lost(topic: &str, partition: i32, from: i64, to: i64) {
+    let lost = to - from;
+    tracing::warn!(
+        "topic {topic}, partition {partition}: offsets {from} to {to} are in neither the topic nor its history; \
+                    {lost} records are lost (--allow-gap)"
+    );
 }
 
 /// State files of a node, decoded for each shard; `__group` is dropped.

@@ -7,14 +7,17 @@ use std::sync::atomic::Ordering;
 use crate::connectors::delta::config::OnSchemaChange;
 use crate::connectors::delta::table::{exists, newest_epoch};
 use crate::connectors::delta::{
-    CommitProgress, Committed, DeltaCommitter, DeltaConfig, PreparedFile as DeltaFile, TableState,
+    CommitProgress, Committed, DeltaCommitter, PreparedFile as DeltaFile, TableState,
 };
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
+use crate::runtime::history;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::remake::{Lost, Past, remake};
 use crate::runtime::upkeep::Upkeep;
-use crate::state::manifest::{self, Manifest, PreparedCommit, PreparedFile};
+use crate::state::manifest::{
+    self, Manifest, PartitionProgress, PreparedCommit, PreparedFile, SourceProgress,
+};
 use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
 use crate::stream::{Micros, START_OF_TIME, crash};
@@ -23,6 +26,8 @@ use crate::stream::{Micros, START_OF_TIME, crash};
 pub struct Tables {
     committers: BTreeMap<NodeId, DeltaCommitter>,
     missing: Vec<NodeId>,
+    /// The backup that the pipeline begins with although its own state is lost.
+    adopted: Vec<NodeId>,
     /// The largest epoch or generation found in the tables.
     pub newest: u64,
     /// Checkpoints, compaction and vacuum, in the background.
@@ -44,7 +49,11 @@ impl Tables {
             if !table.exists {
                 tables.missing.push(node);
             }
-            fits(&sink.name, &config.location, &table, latest, state)?;
+            if history::continues(plan, node, latest) && continued(&table) {
+                tables.adopted.push(node);
+            } else {
+                fits(&sink.name, &config.location, &table, latest, state)?;
+            }
             tables.committers.insert(node, committer);
         }
         Ok(tables)
@@ -52,7 +61,13 @@ impl Tables {
 
     /// No table.
     pub fn none() -> Self {
-        Self { committers: BTreeMap::new(), missing: Vec::new(), newest: 0, upkeep: None }
+        Self {
+            committers: BTreeMap::new(),
+            missing: Vec::new(),
+            adopted: Vec::new(),
+            newest: 0,
+            upkeep: None,
+        }
     }
 
     /// After the claim: creates what is missing, in commits of their own, replays the prepared commits unchanged, makes
@@ -70,6 +85,17 @@ impl Tables {
             }
         }
         let mut lost = Vec::new();
+        for node in std::mem::take(&mut self.adopted) {
+            if let Some(committer) = self.committers.get_mut(&node) {
+                tracing::warn!(
+                    sink = %plan.nodes[node].id,
+                    "the backup was written from another state; it is taken over and goes on at its own offsets"
+                );
+                crash::point("adopt.before");
+                committer.adopt(&manifest.state_id.to_string()).await?;
+                crash::point("adopt.after");
+            }
+        }
         for commit in &manifest.commits {
             lost.extend(self.replay(plan, commit, manifest.generation).await?);
         }
@@ -157,18 +183,28 @@ impl Tables {
 /// # Errors
 /// User: those of [`fits`], or the table has other columns. External: the store failed.
 pub async fn look(
-    config: &DeltaConfig,
-    sink: &SinkPlan,
+    plan: &StreamPlan,
+    node: NodeId,
     pipeline: &str,
     latest: Option<&Manifest>,
     state: &str,
 ) -> Result<()> {
+    let NodeKind::Sink(sink) = &plan.nodes[node].kind else { return Ok(()) };
+    let SinkKind::Delta(config) = &sink.kind else { return Ok(()) };
     let stored = config.stored_rows(&sink.schema)?;
     if !exists(&config.location).await? {
         return Ok(());
     }
     let (_, table) = DeltaCommitter::open(config, &stored, pipeline, &sink.name).await?;
+    if history::continues(plan, node, latest) && continued(&table) {
+        return Ok(());
+    }
     fits(&sink.name, &config.location, &table, latest, state)
+}
+
+/// Whether the table has rows of this sink: a backup of another pipeline's, which may run, is not taken over.
+fn continued(table: &TableState) -> bool {
+    table.exists && table.last_epoch.is_some()
 }
 
 /// Whether a prepared commit is in its table, or the table is gone.
@@ -203,7 +239,7 @@ pub fn fits(
             "sink {sink}: the table {location} already exists and belongs to another state than {state}"
         );
         let hint = "Continue with the state that wrote it (--state, --name), write to another location, or \
-                    remove the table; rebuilding it from history comes with a later version.";
+                    remove the table: it is built anew from the source's history if that has one.";
         return Err(Error::user(message).hint(hint));
     }
     // A table of ours without a commit was made by a start that came to nothing.
@@ -257,21 +293,34 @@ pub fn prepared_commits(
         let SinkKind::Delta(config) = &sink.kind else { continue };
         let parts: Vec<_> = prepared.iter().filter(|(of, _, _)| *of == node).collect();
         let until = parts.iter().map(|(_, _, watermark)| *watermark).min();
-        let covered = manifest::CommitProgress {
-            topics: progress.topics.clone(),
-            partitions: progress.partitions.clone(),
-            watermark: progress.watermark,
-        };
+        let (covered, whole) = covered(&progress, &config.location);
         commits.push(PreparedCommit {
             sink: sink.name.clone(),
             location: config.location.clone(),
             epoch: next.epoch,
             files: parts.iter().flat_map(|(_, files, _)| files.iter().cloned()).collect(),
             sources: [(source.to_owned(), covered)].into(),
-            complete_until: until.filter(|at| *at != START_OF_TIME),
+            complete_until: until.filter(|at| whole && *at != START_OF_TIME),
         });
     }
     commits
+}
+
+/// What a commit covers of the source, and whether that is all. A backup from which the pipeline is built has more than was
+/// read of it: its log never goes back, and is silent on watermarks until all is read.
+fn covered(progress: &SourceProgress, location: &str) -> (manifest::CommitProgress, bool) {
+    let SourceProgress { topics, mut partitions, mut watermark, .. } = progress.clone();
+    let own = progress.history.as_ref().filter(|history| history.location == location);
+    for end in own.iter().flat_map(|history| &history.until) {
+        let same = |p: &&mut PartitionProgress| p.topic == end.topic && p.partition == end.partition;
+        if let Some(p) = partitions.iter_mut().find(same).filter(|p| p.next_offset < end.next_offset) {
+            (p.next_offset, p.watermark) = (end.next_offset, None);
+        }
+    }
+    if own.is_some() {
+        watermark = None;
+    }
+    (manifest::CommitProgress { topics, partitions, watermark }, own.is_none())
 }
 
 /// Whether a sink may go on although its fingerprint changed: nothing above it has state, its table takes other

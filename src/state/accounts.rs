@@ -9,7 +9,8 @@
 //! - between two nodes: what one took in is what the other let out, also through an exchange;
 //! - a stateless node: in + added = out + filtered + dead letters;
 //! - OVER: in = settled (their results are final) + held (they wait for the watermark) + late;
-//! - a sink that keeps every row: in = written, where a table's rows are those of its files, + dead letters;
+//! - a sink that keeps every row: in = written, where a table's rows are those of its files, + what a backup knew before
+//!   (rows of a bootstrap) + dead letters;
 //! - dead letters: those counted are in segments.
 //!
 //! A count begins anew when its node is new, when the program that wrote the state before did not count, or when what
@@ -45,7 +46,7 @@ pub struct NodeAccounts {
     pub rows_in: u64,
     /// Rows that were let out, by port; changes and newest rows are counted as often as they were said.
     pub rows_out: BTreeMap<String, u64>,
-    /// Left out by WHERE, HAVING, a join or an empty list.
+    /// Left out by WHERE, HAVING, a join or an empty list; by a backup, as it has them already.
     pub filtered: u64,
     /// More than came, by a join or a list.
     pub added: u64,
@@ -154,7 +155,7 @@ impl NodeAccounts {
             Role::Stateless => self.rows_in + self.added == self.out() + self.filtered + self.dead_letters,
             Role::Over => self.rows_in + self.held_before == self.settled + self.held + self.late,
             Role::Group => true,
-            Role::Sink => self.rows_in == self.written + self.dead_letters,
+            Role::Sink => self.rows_in == self.written + self.filtered + self.dead_letters,
             Role::KeyedSink => self.dead_letters <= self.rows_in,
         }
     }
@@ -171,7 +172,9 @@ impl NodeAccounts {
             Role::Over => format!(
                 "rows in {rows_in} + held before {held_before} is not settled {settled} + held {held} + late {late}"
             ),
-            Role::Sink => format!("rows in {rows_in} is not written {written} + dead letters {dead_letters}"),
+            Role::Sink => format!(
+                "rows in {rows_in} is not written {written} + known before {filtered} + dead letters {dead_letters}"
+            ),
             Role::KeyedSink => format!("dead letters {dead_letters} are more than rows in {rows_in}"),
         }
     }

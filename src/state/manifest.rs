@@ -131,9 +131,22 @@ pub struct SourceProgress {
     pub watermark: Option<Micros>,
     #[serde(default)]
     pub accounts: Accounts,
+    /// As long as some partition is read from the source's backup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub history: Option<HistoryProgress>,
     /// Facts that only the connector understands, such as the start of an embedded generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub embedded: Option<Value>,
+}
+
+/// A bootstrap that is on its way: a partition whose next offset is below its end is read from the backup.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct HistoryProgress {
+    /// Of the backup, and its version.
+    pub location: String,
+    pub version: u64,
+    /// Where each partition goes over to the topic.
+    pub until: Vec<PartitionProgress>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

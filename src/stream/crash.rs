@@ -47,6 +47,9 @@ pub const POINTS: [&str; 34] = [
 
 /// The points of a backfill, which no pipeline passes.
 pub const OF_BACKFILL: [&str; 2] = ["backfill.before", "backfill.after"];
+/// Points of a bootstrap from history, beside those of an epoch.
+pub const HISTORY_POINTS: [&str; 5] =
+    ["adopt.before", "adopt.after", "history.rows", "history.end", "history.handoff"];
 
 #[cfg(debug_assertions)]
 mod wanted {
@@ -98,8 +101,8 @@ pub fn point(name: &'static str) {
     use std::sync::LazyLock;
     static CRASH: LazyLock<wanted::Wanted> = LazyLock::new(|| wanted::Wanted::of("MILLSTREAM_CRASH_AT"));
     static STOP: LazyLock<wanted::Wanted> = LazyLock::new(|| wanted::Wanted::of("MILLSTREAM_STOP_AT"));
-    let known = POINTS.contains(&name) || OF_BACKFILL.contains(&name);
-    debug_assert!(known, "{name} is not in the list of points");
+    let known = POINTS.contains(&name) || OF_BACKFILL.contains(&name) || HISTORY_POINTS.contains(&name);
+    debug_assert!(known, "{name} is not in the lists of points");
     if CRASH.reached(name) {
         abort();
     }

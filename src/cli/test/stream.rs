@@ -292,6 +292,7 @@ fn options(folder: &Path, parallelism: usize, checkpoint: Duration, close: bool)
         until_end: true,
         close,
         memory: None,
+        allow_gap: false,
         console: crate::cli::output::console,
     }
 }

@@ -347,7 +347,7 @@ impl DeltaCommitter {
                 self.evolved = true;
                 return Ok(());
             };
-            let entry = metadata_entry(metadata, self.clock.unix_millis())?;
+            let entry = metadata_entry(metadata, "ADD COLUMNS", self.clock.unix_millis())?;
             self.at_end().await?;
             if let Put::Done(version) = self.append(&entry).await? {
                 if let Some(tip) = &mut self.tip {
@@ -358,6 +358,33 @@ impl DeltaCommitter {
         }
         let message = format!("others commit to {} all the time", self.config.location);
         Err(Error::external(format!("{message}: new columns found no place")))
+    }
+
+    /// Makes the table the property of the state `state_id`, in a commit without rows: who wrote it before is fenced.
+    ///
+    /// # Errors
+    /// External: the store failed, or the table is not there.
+    pub async fn adopt(&mut self, state_id: &str) -> Result<()> {
+        for _ in 0..MAX_OVERTAKEN {
+            self.load_existing().await?;
+            if self.tip.as_ref().is_some_and(|tip| tip.state_id.as_deref() == Some(state_id)) {
+                self.owner = Some(state_id.to_owned());
+                return Ok(());
+            }
+            let fail = |error: DeltaTableError| failed(&self.config.location, error);
+            let mut table = DeltaTable::new(self.log.clone());
+            table.load().await.map_err(fail)?;
+            let metadata = table.snapshot().map_err(fail)?.metadata().clone();
+            let metadata = metadata.add_config_key(STATE_PROPERTY.to_owned(), state_id.to_owned());
+            let metadata = metadata.map_err(|error| {
+                Error::internal("the properties of a Delta table cannot be changed").because(error)
+            })?;
+            let entry = metadata_entry(&metadata, "SET TBLPROPERTIES", self.clock.unix_millis())?;
+            // Whether it landed shows when the table is read again.
+            self.append(&entry).await?;
+        }
+        let message = format!("others commit to {} all the time", self.config.location);
+        Err(Error::external(format!("{message}: it cannot be taken over")))
     }
 
     /// Makes sure that the entry that we know as the last still exists: a table that was removed, or whose log was

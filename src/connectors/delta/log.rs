@@ -88,11 +88,11 @@ pub fn commit_entry(
     lines(std::iter::once(json!({ "commitInfo": info })).chain(transactions).chain(adds))
 }
 
-/// An entry that changes nothing but what the table is: its schema.
+/// An entry that changes nothing but what the table is: its schema or its properties.
 ///
 /// # Errors
 /// Internal: metadata that cannot be written as JSON.
-pub fn metadata_entry(metadata: &impl serde::Serialize, now_ms: i64) -> Result<Bytes> {
+pub fn metadata_entry(metadata: &impl serde::Serialize, operation: &str, now_ms: i64) -> Result<Bytes> {
     let mut metadata = serde_json::to_value(metadata)
         .map_err(|error| Error::internal("the metadata of a Delta table cannot be written").because(error))?;
     if let Some(fields) = metadata.as_object_mut() {
@@ -100,7 +100,7 @@ pub fn metadata_entry(metadata: &impl serde::Serialize, now_ms: i64) -> Result<B
     }
     let info = json!({
         "timestamp": now_ms,
-        "operation": "ADD COLUMNS",
+        "operation": operation,
         "operationParameters": {},
         "isBlindAppend": false,
         "engineInfo": ENGINE,
@@ -236,6 +236,25 @@ struct Txn {
     version: i64,
 }
 
+/// The application whose commit an entry is, and the next offset of each partition of a topic that it names; `None`: it
+/// names none.
+///
+/// # Errors
+/// External: an entry that is no Delta log entry.
+pub fn offsets_in(entry: &[u8], topic: &str) -> Result<Option<(String, BTreeMap<i32, i64>)>> {
+    let middle = format!("/offset/{topic}/");
+    let (mut app, mut next) = (None, BTreeMap::new());
+    for line in entry_lines(entry) {
+        let Some(txn) = line?.txn else { continue };
+        let Some((before, partition)) = txn.app_id.rsplit_once(&middle) else { continue };
+        if let Ok(partition) = partition.parse() {
+            next.insert(partition, txn.version);
+            app = Some(before.to_owned());
+        }
+    }
+    Ok(app.map(|app| (app, next)))
+}
+
 /// # Errors
 /// External: an entry that is no Delta log entry.
 pub fn read_entry(entry: &[u8], app: &str) -> Result<Seen> {
@@ -268,6 +287,8 @@ mod tests {
         assert_eq!(read_entry(&entry, "p/s/watermark").unwrap().epoch, Some(5));
         assert_eq!(read_entry(&entry, "p/s/generation").unwrap().epoch, Some(2));
         assert_eq!(read_entry(&entry, "p").unwrap(), Seen::default());
+        assert_eq!(offsets_in(&entry, "t").unwrap(), Some(("p/s".to_owned(), [(3, 17)].into())));
+        assert_eq!(offsets_in(&entry, "other").unwrap(), None);
         let created = create_entry(&json!({}), &["d".to_owned()], &BTreeMap::new(), 1).unwrap();
         assert_eq!(read_entry(&created, "p/s").unwrap(), Seen { epoch: None, changed: true });
         assert!(read_entry(b"{\"txn\":", "p/s").is_err());

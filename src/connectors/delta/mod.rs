@@ -9,6 +9,7 @@ pub mod committer;
 mod compact;
 pub mod config;
 pub mod entries;
+pub mod history;
 mod log;
 pub mod replace;
 mod schema;
