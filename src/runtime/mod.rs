@@ -27,9 +27,9 @@ mod lookups;
 pub mod memory;
 pub mod metrics;
 mod online;
+mod outage;
 #[cfg(feature = "delta")]
 mod remake;
-mod outage;
 #[cfg(feature = "redis")]
 mod remote;
 pub mod report;

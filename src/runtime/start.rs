@@ -107,12 +107,7 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     let manifest = claim.manifest;
     // Another process may have published more since we looked.
     changes::adopt(plan, &manifest).await?;
-    for table in lookups::changed(&manifest.lookups, &digests) {
-        tracing::warn!(
-            "look-up table {table} has other rows than in the run before: what was joined stays, what comes is joined with \
-             the new ones"
-        );
-    }
+    say_changed(&manifest, &digests);
     let orphans = store.unreferenced(&manifest).await?;
     #[cfg(feature = "delta")]
     {
@@ -134,7 +129,6 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     let Beginning { partitions, positions, bootstrap: history } = beginning;
     let ends = partitions.iter().map(|p| (Place::new(0, p.topic, p.partition), p.high)).collect();
     let claimed = manifest.epoch;
-    let online = fenced;
     Ok(World {
         store,
         manifest,
@@ -146,11 +140,21 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
         history,
         ends,
         tables,
-        online,
+        online: fenced,
         lookups,
         digests,
         decided: None,
     })
+}
+
+/// Says which look-up tables have other rows than in the run before.
+fn say_changed(manifest: &Manifest, digests: &Digests) {
+    for table in lookups::changed(&manifest.lookups, digests) {
+        tracing::warn!(
+            "look-up table {table} has other rows than in the run before: what was joined stays, what comes is joined with \
+             the new ones"
+        );
+    }
 }
 
 /// Opens the source; a generator keeps the start of its first run, files their names.

@@ -12,7 +12,6 @@ use tokio::sync::Mutex;
 use super::prepare::{Cut, Prepared, computed};
 use super::{Done, Event, Interval, Listener, Options, Status};
 use crate::batch::history;
-use crate::batch::order::TotalOrder;
 use crate::connectors::delta::PreparedFile;
 use crate::connectors::delta::replace::{Pinned, Replaced, Replacement};
 use crate::error::{Error, Result};
@@ -194,7 +193,6 @@ impl<'a> Job<'a> {
 async fn rows(prepared: &Prepared<'_>, cut: &Cut, interval: Interval) -> Result<DataFrame> {
     let (catalog, source) = (prepared.catalog, &prepared.source);
     let session = batch_session()?;
-    session.add_analyzer_rule(Arc::new(TotalOrder));
     let name = quoted(&source.name);
     let provider = match &cut.provider {
         Some(provider) => Arc::clone(provider),
