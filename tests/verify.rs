@@ -56,6 +56,15 @@ deltalake.write_deltalake(path, rows, mode="overwrite")
 async fn differences_are_found_and_nothing_else() {
     let Some(services) = services("differences_are_found_and_nothing_else") else { return };
     let mut case = Case::new(services, "verify", None).await;
+    fill(&mut case).await;
+    nothing_is_found(&case);
+    options_narrow_it(&case);
+    what_is_planted_is_found(&case);
+    a_stale_value_is_found(&case);
+}
+
+/// A healthy pipeline with late rows, bad records and kills.
+async fn fill(case: &mut Case) {
     let sql = std::fs::read_to_string(case.path("transactions.sql")).unwrap();
     std::fs::write(case.path("transactions.sql"), sql + SINKS).unwrap();
     case.produce(20_000).await;
@@ -80,7 +89,9 @@ async fn differences_are_found_and_nothing_else() {
     case.produce(5_000).await;
     let run = case.run(&["--until-end", "--checkpoint", "200ms", "--parallelism", "2"]);
     assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+}
 
+fn nothing_is_found(case: &Case) {
     for sink in [
         "user_features_training",
         "checked",
@@ -105,6 +116,9 @@ async fn differences_are_found_and_nothing_else() {
             _ => {}
         }
     }
+}
+
+fn options_narrow_it(case: &Case) {
     let (code, all) = case.verify_sink("user_features_training", &["--online", "--memory", "64MB"]);
     assert_eq!(all.as_array().unwrap().len(), 2, "with the store of the same view: {all:#}");
     let (some_code, some) = case.verify_sink("user_features_training", &["--sample", "10%"]);
@@ -115,11 +129,15 @@ async fn differences_are_found_and_nothing_else() {
         case.command(&["verify", "staged", "--state", &case.state, "--name", &case.name]).output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.code() == Some(2) && said.contains("do not say which records they cover"), "{said}");
+}
 
-    let counts = |reports: &Value| {
-        let found = &reports[0]["compared"];
-        ["changed", "missing", "extra"].map(|kind| found[kind].as_i64().unwrap())
-    };
+/// Rows that are changed, missing and extra.
+fn counts(reports: &Value) -> [i64; 3] {
+    let found = &reports[0]["compared"];
+    ["changed", "missing", "extra"].map(|kind| found[kind].as_i64().unwrap())
+}
+
+fn what_is_planted_is_found(case: &Case) {
     for (sink, folder, column) in [
         ("user_features_training", "user_features", "total_transactions_count"),
         ("checked", "checked", "amount"),
@@ -153,7 +171,9 @@ async fn differences_are_found_and_nothing_else() {
         assert!(text.contains(part), "{part}: {text}");
     }
     println!("{text}");
+}
 
+fn a_stale_value_is_found(case: &Case) {
     let client = redis::Client::open(case.services.redis.as_str()).unwrap();
     let mut connection = client.get_connection().unwrap();
     let keys: Vec<String> =
