@@ -407,6 +407,11 @@ async fn matrix(name: &str, s3: bool) {
             "redis.fence.before" | "redis.fence.after" => 2,
             _ => 3,
         };
+        if step.starts_with("replay") {
+            // The steps before it may all lie before the first manifest that has something to replay.
+            crashes.crash_at("manifest.after:2").await;
+            cases += 1;
+        }
         for nth in 1..=times {
             crashes.crash_at(&format!("{step}:{nth}")).await;
             cases += 1;

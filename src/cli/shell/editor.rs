@@ -193,7 +193,7 @@ impl Editor {
         let count = self.history.entries().len();
         let next = match (&self.entry, older) {
             (None, true) => count.checked_sub(1),
-            (Some((at, _)), true) => Some(at.saturating_sub(1)),
+            (Some((at, _)), true) => at.checked_sub(1),
             (Some((at, _)), false) => Some(at + 1),
             (None, false) => None,
         };
@@ -408,7 +408,7 @@ mod tests {
         press(&mut editor, &[Up, Up]);
         assert_eq!(editor.text, "\\d");
         press(&mut editor, &[Up, Up, Up, Up]);
-        assert_eq!((editor.text.as_str(), editor.cursor), ("SELECT 1\n+ 1;", 0));
+        assert_eq!((editor.text.as_str(), editor.cursor), ("SELECT 1\n+ 1;", 4));
         press(&mut editor, &[Down, Down, Down, Down]);
         assert_eq!(editor.text, "draft");
         press(&mut editor, &[Search, Text("SEL".to_owned())]);
