@@ -43,6 +43,10 @@ pub struct BackfillArgs {
     /// How long to wait for a backup that lags behind its stream.
     #[arg(long, default_value = "1 minute", value_parser = duration)]
     wait: Duration,
+    /// Memory beyond which sorts and aggregations spill to temporary files, such as 2GB; default: 70 % of what the
+    /// machine or the container allows.
+    #[arg(long, value_name = "SIZE", value_parser = super::size)]
+    memory: Option<u64>,
     /// Name of the pipeline; default: the folder or file stem.
     #[arg(long)]
     name: Option<String>,
@@ -82,6 +86,7 @@ pub async fn run(args: BackfillArgs) -> Result<ExitCode> {
         force: args.force,
         dry_run: args.dry_run,
         wait: args.wait,
+        memory: args.memory.or_else(crate::runtime::memory::default_budget),
     };
     let progress = Progress::new();
     let result =

@@ -15,7 +15,7 @@ use crate::batch::history;
 use crate::connectors::delta::PreparedFile;
 use crate::connectors::delta::replace::{Pinned, Replaced, Replacement};
 use crate::error::{Error, Result};
-use crate::plan::session::batch_session;
+use crate::plan::session::batch_session_within;
 use crate::plan::views::{ViewPlanner, quoted};
 use crate::sql::SinkInput;
 use crate::stream::Micros;
@@ -174,7 +174,8 @@ impl<'a> Job<'a> {
 
     /// Writes the rows of an interval into files that no commit names yet.
     async fn compute(&self, cut: &Cut, interval: Interval) -> Result<Vec<PreparedFile>> {
-        let rows = rows(self.prepared, cut, interval).await?;
+        let memory = self.options.memory.map(|bytes| bytes / self.options.parallel.max(1) as u64);
+        let rows = rows(self.prepared, cut, interval, memory).await?;
         let mut rows = rows.execute_stream().await?;
         let mut writer = self.prepared.table.writer()?;
         while let Some(batch) = rows.next().await {
@@ -190,9 +191,14 @@ impl<'a> Job<'a> {
 }
 
 /// The sink's rows of an interval, as a plan over what of the backup they depend on.
-async fn rows(prepared: &Prepared<'_>, cut: &Cut, interval: Interval) -> Result<DataFrame> {
+async fn rows(
+    prepared: &Prepared<'_>,
+    cut: &Cut,
+    interval: Interval,
+    memory: Option<u64>,
+) -> Result<DataFrame> {
     let (catalog, source) = (prepared.catalog, &prepared.source);
-    let session = batch_session()?;
+    let session = batch_session_within(memory)?;
     let name = quoted(&source.name);
     let provider = match &cut.provider {
         Some(provider) => Arc::clone(provider),

@@ -58,6 +58,8 @@ pub struct Options {
     pub dry_run: bool,
     /// How long the backup may lag behind the sink.
     pub wait: Duration,
+    /// Bytes beyond which sorts and aggregations spill, shared by the intervals computed at the same time.
+    pub memory: Option<u64>,
 }
 
 /// What is about to be done.
