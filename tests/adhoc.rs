@@ -9,20 +9,10 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::dev::{alone, plain};
+use crate::queries::python;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const QUERIES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/queries.py");
-
-/// Python with DuckDB and Delta, or `None` after saying what is skipped.
-fn python(test: &str) -> Option<String> {
-    let found = std::env::var("MILLSTREAM_TEST_PYTHON").ok();
-    let required = std::env::var("MILLSTREAM_REQUIRE_SERVICES").is_ok_and(|value| value == "1");
-    assert!(found.is_some() || !required, "{test} needs MILLSTREAM_TEST_PYTHON");
-    if found.is_none() {
-        println!("skipped {test}: set MILLSTREAM_TEST_PYTHON");
-    }
-    found
-}
 
 /// `millstream query` with a script on stdin.
 fn query(folder: &Path, arguments: &[&str], script: &str) -> Output {

@@ -32,6 +32,14 @@ fn wait_for(case: &Case, running: &mut Child, rows: u64) {
     }
 }
 
+/// Sets how often the source asks the broker for partitions and their ends.
+fn ask_every(case: &Case, interval: &str) {
+    let sql = std::fs::read_to_string(case.path("transactions.sql")).unwrap();
+    let option = format!("format = 'json', partition_discovery_interval = '{interval}'");
+    let sql = sql.replace("format            = 'json'", &option);
+    std::fs::write(case.path("transactions.sql"), sql).unwrap();
+}
+
 /// SIGTERM, a last checkpoint, the end.
 fn stop(running: &mut Child) {
     let killed = Command::new("kill").arg(running.id().to_string()).status().unwrap();
@@ -42,9 +50,7 @@ fn stop(running: &mut Child) {
 async fn partitions_that_are_added_are_found_while_running() {
     let Some(services) = services("partitions_that_are_added_are_found_while_running") else { return };
     let mut case = Case::new(services, "added", None).await;
-    let sql = std::fs::read_to_string(case.path("transactions.sql")).unwrap();
-    let option = "format = 'json', partition_discovery_interval = '300 ms'";
-    std::fs::write(case.path("transactions.sql"), sql.replace("format            = 'json'", option)).unwrap();
+    ask_every(&case, "300 ms");
     case.produce(5_000).await;
     let log = std::fs::File::create(case.path("log")).unwrap();
     let arguments = ["--checkpoint", "300ms", "--parallelism", "2"];
@@ -130,9 +136,7 @@ async fn records_that_expired_before_they_were_read_are_a_gap_with_numbers() {
 async fn a_client_that_gets_nothing_any_more_is_opened_anew() {
     let Some(services) = services("a_client_that_gets_nothing_any_more_is_opened_anew") else { return };
     let mut case = Case::new(services, "deaf", None).await;
-    let sql = std::fs::read_to_string(case.path("transactions.sql")).unwrap();
-    let option = "format = 'json', partition_discovery_interval = '1 second'";
-    std::fs::write(case.path("transactions.sql"), sql.replace("format            = 'json'", option)).unwrap();
+    ask_every(&case, "1 second");
     case.produce(5_000).await;
     let log = std::fs::File::create(case.path("log")).unwrap();
     let arguments = case.run_arguments(&["--checkpoint", "300ms", "--parallelism", "2"]);
