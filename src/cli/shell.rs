@@ -62,8 +62,6 @@ pub struct Shell {
     timing: bool,
     out: Option<(String, File)>,
     is_shell: bool,
-    /// A query that was cancelled has not ended yet.
-    left_behind: bool,
 }
 
 /// What a command wants next.
@@ -76,7 +74,7 @@ enum Next {
 impl Shell {
     pub fn new(world: &'static World<'static>, ask: Ask, format: Format) -> Self {
         let settings = Settings::default();
-        Self { world, settings, ask, format, timing: false, out: None, is_shell: false, left_behind: false }
+        Self { world, settings, ask, format, timing: false, out: None, is_shell: false }
     }
 
     /// One text.
@@ -90,7 +88,8 @@ impl Shell {
         }
     }
 
-    /// Until the end of stdin. Whether a query that was cancelled still runs.
+    /// Until the end of stdin. Whether something may still run: of a query that was cancelled, tasks that
+    /// `DataFusion` spawned may never yield, even if the query itself has ended.
     ///
     /// # Errors
     /// Of a script: the first one. Else: stdout or stdin cannot be used.
@@ -98,7 +97,7 @@ impl Shell {
         let stdin = std::io::stdin();
         if stdin.is_terminal() {
             self.is_shell = true;
-            return self.converse().await.map(|()| self.left_behind);
+            return self.converse().await.map(|()| true);
         }
         let script = std::io::read_to_string(stdin)
             .map_err(|error| Error::external("stdin cannot be read").because(error))?;
@@ -228,7 +227,8 @@ impl Shell {
             // Without signals Ctrl-C would not come here either.
             _ = interrupted => {
                 task.abort();
-                self.left_behind |= tokio::time::timeout(CANCELLING, task).await.is_err();
+                // What is printed comes before `cancelled`, if it ends.
+                tokio::time::timeout(CANCELLING, task).await.ok();
                 eprintln!("cancelled");
                 Ok(None)
             }
