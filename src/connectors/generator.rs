@@ -27,6 +27,8 @@ use crate::stream::{Micros, Place, Positions, timestamp_type};
 /// Event time per row when there is no rate.
 const STEP: Micros = 1_000;
 const SECOND: i128 = 1_000_000;
+/// Rows that are due are given in batches at least so far apart: one row each would cost a core at 20,000 rows a second.
+const GATHER: Duration = Duration::from_millis(2);
 const PLACE: Place = Place(0);
 
 /// Options of a generator source.
@@ -268,7 +270,7 @@ impl GeneratorReader {
         due.min(self.total())
     }
 
-    /// Sleeps until the next row is due, at most `linger`.
+    /// Sleeps until the next row is due, at least [`GATHER`], at most `linger`.
     fn wait(&self, linger: Duration) {
         let until_due = match self.source.config.rows_per_second {
             Some(rate) if self.next < self.total() => {
@@ -280,7 +282,7 @@ impl GeneratorReader {
             _ => linger,
         };
         #[expect(clippy::disallowed_methods, reason = "a reader lives on a thread of its own and may block")]
-        std::thread::sleep(until_due.clamp(Duration::from_micros(50), linger.max(Duration::from_micros(50))));
+        std::thread::sleep(until_due.max(GATHER).min(linger.max(Duration::from_micros(50))));
     }
 }
 
