@@ -64,18 +64,21 @@ impl Over {
         let mut new = vec![u32::MAX; self.keys.len()];
         open.iter().zip(&slots).for_each(|(old, slot)| new[*old as usize] = *slot);
         self.keys.retain(|key| !key.closed);
+        self.finals.keep(&open);
+        if self.spec.want_latest {
+            self.latest.keep(&open);
+        }
         self.index = index;
         self.closed = 0;
-        let moved = |Reverse((time, slot)): Reverse<(Micros, u32)>| {
-            let slot = new[slot as usize];
-            (slot != u32::MAX).then_some(Reverse((time, slot)))
-        };
-        for heap in [&mut self.pending, &mut self.evictions, &mut self.closings] {
-            *heap = std::mem::take(heap).into_iter().filter_map(moved).collect();
-        }
+        let number = |slot: u32| Some(new[slot as usize]).filter(|slot| *slot != u32::MAX);
+        self.pending.renumber(number);
+        self.evictions.renumber(number);
+        let closings = std::mem::take(&mut self.closings).into_iter();
+        self.closings = closings
+            .filter_map(|Reverse((time, slot))| number(slot).map(|slot| Reverse((time, slot))))
+            .collect();
         let dirty = std::mem::take(&mut self.dirty);
-        self.dirty =
-            dirty.into_iter().map(|slot| new[slot as usize]).filter(|slot| *slot != u32::MAX).collect();
+        self.dirty = dirty.into_iter().filter_map(number).collect();
         Ok(())
     }
 }

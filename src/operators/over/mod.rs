@@ -12,9 +12,11 @@
 //! Two cursors run over a key's ordered rows: *final*, up to the watermark, and *latest*, over everything accepted.
 //! Unbounded frames keep only their aggregate; sliding ones keep their rows, in the batches in which they came.
 
+mod agenda;
 mod aggregate;
 mod cells;
 mod closing;
+mod cursors;
 mod rows;
 mod snapshot;
 mod spec;
@@ -34,8 +36,10 @@ pub use spec::{Frame, Function, OverSpec, WindowCall};
 use crate::error::Result;
 use crate::state::keys::{KeyIndex, hash_keys};
 use crate::stream::{ChangeBatch, Micros, START_OF_TIME};
+use agenda::Agenda;
 use aggregate::Value;
-use cells::{Call, Cell};
+use cells::Call;
+use cursors::Cursors;
 use rows::{Argument, Chunks, Entry, KeyRows};
 
 /// Rows per emitted batch, about.
@@ -48,13 +52,6 @@ struct Sliding {
     calls: Vec<usize>,
 }
 
-/// Cells of one cursor: one per call, and per sliding frame the index of its first row.
-#[derive(Debug, Clone)]
-struct Cursor {
-    cells: Vec<Cell>,
-    left: Vec<usize>,
-}
-
 /// What became of rows: settled or late since the last count, held now.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -63,12 +60,9 @@ pub struct Tally {
     pub held: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Key {
     rows: KeyRows,
-    finals: Cursor,
-    /// Only if the emission `latest` is wanted.
-    latest: Option<Cursor>,
     dirty: bool,
     queued_for_eviction: bool,
     /// Its window is closed: no row of it can follow, and none is kept.
@@ -84,12 +78,15 @@ pub struct Over {
     arguments: Vec<(usize, bool)>,
     index: KeyIndex,
     keys: Vec<Key>,
+    finals: Cursors,
+    /// Empty if the emission `latest` is not wanted.
+    latest: Cursors,
     chunks: Chunks,
     watermark: Micros,
-    /// (time of the first pending row, slot); may hold outdated entries.
-    pending: BinaryHeap<Reverse<(Micros, u32)>>,
-    /// (time of the oldest row kept for frames, slot).
-    evictions: BinaryHeap<Reverse<(Micros, u32)>>,
+    /// Times of first pending rows; may hold outdated entries.
+    pending: Agenda,
+    /// Times of the oldest rows kept for frames.
+    evictions: Agenda,
     /// (when the key's window closes, slot); empty without windows among the keys.
     closings: BinaryHeap<Reverse<(Micros, u32)>>,
     /// Keys that are closed and not yet forgotten.
@@ -104,6 +101,7 @@ pub struct Over {
     hashes: Vec<u64>,
     slots: Vec<u32>,
     touched: Vec<u32>,
+    due: Vec<u32>,
 }
 
 impl Over {
@@ -138,8 +136,11 @@ impl Over {
                 None => sliding.push(Sliding { micros, calls: vec![at] }),
             }
         }
+        let longest = sliding.iter().map(|frame| frame.micros).max().unwrap_or(0);
         Ok(Self {
             output: Arc::new(Schema::new(fields)),
+            finals: Cursors::new(calls.len(), sliding.len()),
+            latest: Cursors::new(calls.len(), sliding.len()),
             calls,
             sliding,
             arguments,
@@ -147,8 +148,8 @@ impl Over {
             keys: Vec::new(),
             chunks: Chunks::default(),
             watermark: START_OF_TIME,
-            pending: BinaryHeap::new(),
-            evictions: BinaryHeap::new(),
+            pending: Agenda::new(0),
+            evictions: Agenda::new(longest),
             closings: BinaryHeap::new(),
             closed: 0,
             fresh: Vec::new(),
@@ -159,6 +160,7 @@ impl Over {
             hashes: Vec::new(),
             slots: Vec::new(),
             touched: Vec::new(),
+            due: Vec::new(),
             spec,
         })
     }
@@ -220,11 +222,11 @@ impl Over {
         let mut entries = Vec::with_capacity(touched.len());
         let mut results: Vec<Vec<Option<Value>>> = vec![Vec::with_capacity(touched.len()); self.calls.len()];
         for slot in &touched {
-            let key = &mut self.keys[*slot as usize];
-            let (Some(cursor), Some(last)) = (key.latest.as_mut(), key.rows.last()) else { continue };
-            let last = *last;
+            let rows = &self.keys[*slot as usize].rows;
+            let Some(last) = rows.last().copied() else { continue };
+            let mut cursor = self.latest.at(*slot);
             for (at, frame) in self.sliding.iter().enumerate() {
-                cursor.slide(at, frame, &self.calls, &key.rows, &self.chunks, last.time);
+                cursor.slide(at, frame, &self.calls, rows, &self.chunks, last.time);
             }
             entries.push(last);
             for (at, call) in self.calls.iter().enumerate() {
@@ -247,16 +249,15 @@ impl Over {
         self.watermark = watermark;
         let mut entries = Vec::new();
         let mut results: Vec<Vec<Option<Value>>> = vec![Vec::new(); self.calls.len()];
-        while let Some(Reverse((time, slot))) = self.pending.peek().copied() {
-            if time >= watermark {
-                break;
-            }
-            self.pending.pop();
-            self.finalise(slot, &mut entries, &mut results);
+        let mut due = std::mem::take(&mut self.due);
+        self.pending.take_before(watermark, &mut due);
+        for slot in &due {
+            self.finalise(*slot, &mut entries, &mut results);
             if entries.len() >= BATCH_ROWS {
                 self.flush(&mut entries, &mut results, &mut out)?;
             }
         }
+        self.due = due;
         self.flush(&mut entries, &mut results, &mut out)?;
         self.evict();
         self.close()?;
@@ -298,13 +299,10 @@ impl Over {
     fn intern(&mut self, columns: &[ArrayRef], rows: usize) -> Result<()> {
         hash_keys(columns, rows, &mut self.hashes)?;
         let new = self.index.intern(columns, &self.hashes, &mut self.slots)?;
-        let (calls, frames) = (&self.calls, self.sliding.len());
-        let cursor = || Cursor { cells: calls.iter().map(Cell::new).collect(), left: vec![0; frames] };
-        for _ in 0..new {
-            let latest = self.spec.want_latest.then(cursor);
-            let (rows, finals) = (KeyRows::default(), cursor());
-            let key = Key { rows, finals, latest, dirty: false, queued_for_eviction: false, closed: false };
-            self.keys.push(key);
+        self.keys.resize_with(self.keys.len() + new, Key::default);
+        self.finals.add(&self.calls, new);
+        if self.spec.want_latest {
+            self.latest.add(&self.calls, new);
         }
         let Some(closing) = self.spec.closing.filter(|_| new > 0) else { return Ok(()) };
         let times = closing::closing_times(closing, columns)?;
@@ -323,50 +321,45 @@ impl Over {
         let key = &mut self.keys[slot as usize];
         let at = key.rows.insert(entry);
         if at == key.rows.finals() {
-            self.pending.push(Reverse((entry.time, slot)));
+            self.pending.push(entry.time, slot);
         }
-        let Some(cursor) = key.latest.as_mut() else { return };
+        if !self.spec.want_latest {
+            return;
+        }
         if self.touched.last() != Some(&slot) {
             self.touched.push(slot);
         }
-        for (call, cell) in self.calls.iter().zip(&mut cursor.cells) {
+        let mut cursor = self.latest.at(slot);
+        for (call, cell) in self.calls.iter().zip(&mut *cursor.cells) {
             if call.frame == Frame::Unbounded {
                 cell.add(call, &self.chunks, &entry);
             }
         }
-        for (frame, left) in self.sliding.iter().zip(&mut cursor.left) {
-            if at < *left {
-                // Before the frame of the greatest row: not counted, but it moves the frame's start along.
-                *left += 1;
-                continue;
-            }
-            for call in &frame.calls {
-                cursor.cells[*call].add(&self.calls[*call], &self.chunks, &entry);
-            }
-        }
+        cursor.enter(at, &self.sliding, &self.calls, &self.chunks, &entry);
     }
 
     /// Finalises the rows of a key below the watermark.
     fn finalise(&mut self, slot: u32, entries: &mut Vec<Entry>, results: &mut [Vec<Option<Value>>]) {
         let key = &mut self.keys[slot as usize];
+        let mut cursor = self.finals.at(slot);
         let (first, end) = (key.rows.finals(), key.rows.len());
         let mut at = first;
         while at < end && key.rows.get(at).time < self.watermark {
             let time = key.rows.get(at).time;
             let start = at;
             while at < end && key.rows.get(at).time == time {
-                for (call, cell) in self.calls.iter().zip(&mut key.finals.cells) {
+                for (call, cell) in self.calls.iter().zip(&mut *cursor.cells) {
                     cell.add(call, &self.chunks, key.rows.get(at));
                 }
                 at += 1;
             }
             for (frame_at, frame) in self.sliding.iter().enumerate() {
-                key.finals.slide(frame_at, frame, &self.calls, &key.rows, &self.chunks, time);
+                cursor.slide(frame_at, frame, &self.calls, &key.rows, &self.chunks, time);
             }
             if self.spec.want_final {
                 entries.extend((start..at).map(|row| *key.rows.get(row)));
                 for (call, (cell, column)) in
-                    self.calls.iter().zip(key.finals.cells.iter().zip(results.iter_mut()))
+                    self.calls.iter().zip(cursor.cells.iter().zip(results.iter_mut()))
                 {
                     match call.function {
                         // Rows of equal time are numbered in the total order.
@@ -386,13 +379,13 @@ impl Over {
             self.dirty.push(slot);
         }
         if let Some(next) = key.rows.first_pending() {
-            self.pending.push(Reverse((next.time, slot)));
+            self.pending.push(next.time, slot);
         }
         if !self.spec.want_final {
             (first..at).for_each(|row| self.chunks.emitted(key.rows.get(row)));
         }
         if !std::mem::replace(&mut key.queued_for_eviction, true) {
-            self.evictions.push(Reverse((key.rows.get(0).time, slot)));
+            self.evictions.push(key.rows.get(0).time, slot);
         }
     }
 
@@ -424,59 +417,23 @@ impl Over {
     /// Lets go of final rows that no frame needs.
     fn evict(&mut self) {
         let horizon = self.horizon();
-        while let Some(Reverse((time, slot))) = self.evictions.peek().copied() {
-            if time >= horizon {
-                break;
-            }
-            self.evictions.pop();
-            let key = &mut self.keys[slot as usize];
+        let mut due = std::mem::take(&mut self.due);
+        self.evictions.take_before(horizon, &mut due);
+        for slot in &due {
+            let key = &mut self.keys[*slot as usize];
             key.queued_for_eviction = false;
             while let Some(entry) = key.rows.pop_before(horizon) {
-                key.finals.forget(&self.sliding, &self.calls, &self.chunks, &entry);
-                if let Some(cursor) = key.latest.as_mut() {
-                    cursor.forget(&self.sliding, &self.calls, &self.chunks, &entry);
+                self.finals.at(*slot).forget(&self.sliding, &self.calls, &self.chunks, &entry);
+                if self.spec.want_latest {
+                    self.latest.at(*slot).forget(&self.sliding, &self.calls, &self.chunks, &entry);
                 }
                 self.chunks.release(&entry);
             }
             if key.rows.finals() > 0 {
                 key.queued_for_eviction = true;
-                self.evictions.push(Reverse((key.rows.get(0).time, slot)));
+                self.evictions.push(key.rows.get(0).time, *slot);
             }
         }
-    }
-}
-
-impl Cursor {
-    /// Moves the start of a frame up for a row at `time`.
-    fn slide(
-        &mut self,
-        at: usize,
-        frame: &Sliding,
-        calls: &[Call],
-        rows: &KeyRows,
-        chunks: &Chunks,
-        time: Micros,
-    ) {
-        let start = time.saturating_sub(frame.micros);
-        while self.left[at] < rows.len() && rows.get(self.left[at]).time < start {
-            let entry = rows.get(self.left[at]);
-            for call in &frame.calls {
-                self.cells[*call].remove(&calls[*call], chunks, entry);
-            }
-            self.left[at] += 1;
-        }
-    }
-
-    /// The oldest row of the key is dropped.
-    fn forget(&mut self, sliding: &[Sliding], calls: &[Call], chunks: &Chunks, entry: &Entry) {
-        for (frame, left) in sliding.iter().zip(&mut self.left) {
-            if *left > 0 {
-                *left -= 1;
-                continue;
-            }
-            for call in &frame.calls {
-                self.cells[*call].remove(&calls[*call], chunks, entry);
-            }
-        }
+        self.due = due;
     }
 }

@@ -207,7 +207,7 @@ impl Chunks {
     /// The input rows of the entries, in their order.
     pub fn rows(&self, schema: &SchemaRef, entries: &[Entry]) -> Result<ChangeBatch> {
         let mut batches: Vec<&RecordBatch> = Vec::new();
-        let mut position = std::collections::HashMap::new();
+        let mut position = datafusion::common::HashMap::new();
         let mut picks = Vec::with_capacity(entries.len());
         for entry in entries {
             let at = match position.get(&entry.chunk) {

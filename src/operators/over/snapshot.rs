@@ -11,7 +11,7 @@ use arrow::datatypes::{DataType, Field, Int64Type, Schema};
 
 use super::cells::{read_state, state_fields, write_states};
 use super::rows::Entry;
-use super::{Cursor, Frame, Over};
+use super::{Frame, Over};
 use crate::error::{Error, Result};
 use crate::stream::{ChangeBatch, Micros, Origin};
 
@@ -48,8 +48,7 @@ impl Over {
             .map(|at| Field::new(format!("k{at}"), columns[at].data_type().clone(), true))
             .collect();
         for at in unbounded {
-            let cells: Vec<_> =
-                dirty.iter().map(|slot| &self.keys[*slot as usize].finals.cells[at]).collect();
+            let cells: Vec<_> = dirty.iter().map(|slot| self.finals.cell(*slot, at)).collect();
             columns.extend(write_states(&self.calls[at], &cells)?);
             fields.extend(state_fields(at));
         }
@@ -115,7 +114,7 @@ impl Over {
             }
             for (row, slot) in slots.iter().enumerate() {
                 let cell = read_state(&self.calls[at], columns, row).ok_or_else(other_shape)?;
-                self.keys[*slot as usize].finals.cells[at] = cell;
+                self.finals.at(*slot).cells[at] = cell;
             }
         }
         self.slots = slots;
@@ -153,28 +152,30 @@ impl Over {
     fn rebuild(&mut self) {
         let (calls, sliding, chunks) = (&self.calls, &self.sliding, &self.chunks);
         for (slot, key) in self.keys.iter_mut().enumerate() {
+            let slot = slot as u32;
             let finals = key.rows.iter().take_while(|entry| entry.time < self.watermark).count();
             key.rows.finalise(finals);
+            let cells = self.finals.at(slot).cells;
             for call in sliding.iter().flat_map(|frame| &frame.calls) {
                 for entry in key.rows.iter().take(finals) {
-                    key.finals.cells[*call].add(&calls[*call], chunks, entry);
+                    cells[*call].add(&calls[*call], chunks, entry);
                 }
             }
             if let Some(pending) = key.rows.first_pending() {
-                self.pending.push(std::cmp::Reverse((pending.time, slot as u32)));
+                self.pending.push(pending.time, slot);
             }
             if finals > 0 {
                 key.queued_for_eviction = true;
-                self.evictions.push(std::cmp::Reverse((key.rows.get(0).time, slot as u32)));
+                self.evictions.push(key.rows.get(0).time, slot);
             }
             if self.spec.want_latest {
-                let mut latest = Cursor { cells: key.finals.cells.clone(), left: vec![0; sliding.len()] };
+                let latest = self.latest.at(slot).cells;
+                latest.clone_from_slice(cells);
                 for entry in key.rows.iter().skip(finals) {
-                    for (call, cell) in calls.iter().zip(&mut latest.cells) {
+                    for (call, cell) in calls.iter().zip(&mut *latest) {
                         cell.add(call, chunks, entry);
                     }
                 }
-                key.latest = Some(latest);
             }
         }
     }
