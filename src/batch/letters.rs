@@ -10,6 +10,8 @@ use arrow::compute::{
     SortColumn, SortOptions, cast, concat_batches, filter_record_batch, lexsort_to_indices, take_record_batch,
 };
 use arrow::datatypes::{DataType, Int32Type, Int64Type, SchemaRef, TimeUnit};
+#[cfg(feature = "delta")]
+use datafusion::prelude::SessionContext;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use crate::connectors::files;
@@ -200,31 +202,15 @@ fn sorted(rows: &RecordBatch, order: &Order<'_>) -> Result<RecordBatch> {
 /// External: the backup cannot be read.
 #[cfg(feature = "delta")]
 pub async fn with_event_time(plan: &StreamPlan, late: &RecordBatch) -> Result<RecordBatch> {
-    let Some((node, source)) = plan.source() else { return Ok(late.clone()) };
-    let Some(time) = source.event_time.map(|column| source.schema.field(column).name()) else {
-        return Ok(late.clone());
-    };
-    let backup = plan.sinks().find_map(|(id, sink)| match &sink.kind {
-        SinkKind::Delta(config)
-            if plan.nodes[id].inputs.iter().any(|edge| edge.from == node)
-                && sink.schema.column_with_name("_offset").is_some() =>
-        {
-            Some(config)
-        }
-        _ => None,
-    });
-    let Some(config) = backup.filter(|_| late.num_rows() > 0) else { return Ok(late.clone()) };
-    if !crate::connectors::delta::table::exists(&config.location).await? {
-        return Ok(late.clone());
-    }
-    let session = batch_session()?;
+    let time = plan.source().and_then(|(_, source)| Some((source, source.event_time?)));
+    let Some((source, time)) = time.filter(|_| late.num_rows() > 0) else { return Ok(late.clone()) };
+    let time = source.schema.field(time).name();
+    let Some(session) = with_backup(plan).await? else { return Ok(late.clone()) };
     let numbers: ArrayRef = Arc::new(UInt32Array::from_iter_values(0..late.num_rows() as u32));
     let mut columns: Vec<(String, ArrayRef)> = vec![("n".to_owned(), numbers)];
     let schema = late.schema();
     columns.extend(schema.fields().iter().map(|f| f.name().clone()).zip(late.columns().iter().cloned()));
     session.register_batch("late", RecordBatch::try_from_iter(columns)?)?;
-    let table = crate::connectors::delta::table::provider(&config.location).await?;
-    session.register_table("backup", table)?;
     let offsets = late.column(2).as_primitive::<Int64Type>().values();
     let (first, last) = (offsets.iter().min().copied(), offsets.iter().max().copied());
     let time = time.replace('"', "\"\"");
@@ -238,6 +224,43 @@ pub async fn with_event_time(plan: &StreamPlan, late: &RecordBatch) -> Result<Re
     let frame = session.sql(&sql).await?;
     let schema = Arc::new(frame.schema().as_arrow().clone());
     Ok(concat_batches(&schema, &frame.collect().await?)?)
+}
+
+/// The rows that came out of a record, from a Delta backup that says which record a row comes from; none without one.
+///
+/// # Errors
+/// External: the backup cannot be read.
+#[cfg(feature = "delta")]
+pub async fn rows_of(plan: &StreamPlan, (topic, partition, offset): &Record) -> Result<Vec<RecordBatch>> {
+    let Some(session) = with_backup(plan).await? else { return Ok(Vec::new()) };
+    let topic = topic.replace('\'', "''");
+    let sql = format!(
+        "SELECT * FROM backup WHERE _topic = '{topic}' AND _partition = {partition} AND _offset = {offset}"
+    );
+    Ok(session.sql(&sql).await?.collect().await?)
+}
+
+/// A session that knows a Delta backup of the source, with the metadata columns, as `backup`; `None`: there is none.
+#[cfg(feature = "delta")]
+async fn with_backup(plan: &StreamPlan) -> Result<Option<SessionContext>> {
+    use crate::connectors::delta::table::{exists, provider};
+    let Some((node, _)) = plan.source() else { return Ok(None) };
+    let backup = plan.sinks().find_map(|(id, sink)| match &sink.kind {
+        SinkKind::Delta(config)
+            if plan.nodes[id].inputs.iter().any(|edge| edge.from == node)
+                && sink.schema.column_with_name("_offset").is_some() =>
+        {
+            Some(config)
+        }
+        _ => None,
+    });
+    let Some(config) = backup else { return Ok(None) };
+    if !exists(&config.location).await? {
+        return Ok(None);
+    }
+    let session = batch_session()?;
+    session.register_table("backup", provider(&config.location).await?)?;
+    Ok(Some(session))
 }
 
 #[cfg(test)]

@@ -138,6 +138,15 @@ impl Pipeline {
         };
         open(&state).await
     }
+
+    /// What says where the backup lies; `None` without SQL files.
+    #[cfg(feature = "delta")]
+    async fn plan(&self) -> Result<Option<crate::plan::StreamPlan>> {
+        if !self.files.files.iter().all(|path| path.exists()) {
+            return Ok(None);
+        }
+        crate::plan::sinks::plan(&super::load(&self.files)?, &self.sink).await.map(Some)
+    }
 }
 
 impl Chosen {
@@ -202,10 +211,7 @@ async fn late(args: &LsArgs, state: &State) -> Result<Found> {
     let found = state.late(Some(args.limit)).await?;
     #[cfg(feature = "delta")]
     {
-        // Without SQL files there is no backup to look into.
-        if args.pipeline.files.files.iter().all(|path| path.exists()) {
-            let plan =
-                crate::plan::sinks::plan(&super::load(&args.pipeline.files)?, &args.pipeline.sink).await?;
+        if let Some(plan) = args.pipeline.plan().await? {
             let rows = crate::batch::letters::with_event_time(&plan, &found.rows).await?;
             return Ok(Found { rows, ..found });
         }
@@ -226,7 +232,8 @@ async fn show(args: ShowArgs) -> Result<()> {
         let payload = payloads.iter().flatten().next();
         let payload = payload.ok_or_else(|| {
             Error::user(format!("the payload of {} is not kept", shown_place(&args.record))).hint(
-                "The record became a row of the source, and that row was refused later: see the backup.",
+                "The record became a row of the source, and that row was refused later: without --raw it is shown \
+                 from the backup.",
             )
         })?;
         return output::bytes(payload);
@@ -238,6 +245,17 @@ async fn show(args: ShowArgs) -> Result<()> {
             text.push('\n');
         }
         text.push_str(&described(&texts, row));
+    }
+    #[cfg(feature = "delta")]
+    if payloads.null_count() > 0
+        && let Some(plan) = args.pipeline.plan().await?
+    {
+        let batches = crate::batch::letters::rows_of(&plan, &args.record).await?;
+        if let Some(first) = batches.first() {
+            let answer = Answer { schema: first.schema(), batches };
+            let rows = output::encoded(&answer, output::Format::Ndjson)?;
+            text.push_str(&format!("\nrow in the backup\n{}", String::from_utf8_lossy(&rows)));
+        }
     }
     output::text(&text)
 }
@@ -269,8 +287,7 @@ fn described(texts: &RecordBatch, row: usize) -> String {
     }
     match word(9) {
         Some(payload) => text.push_str(&format!("payload\n{payload}\n")),
-        None => text
-            .push_str("payload    not kept: the record became a row of the source, which its backup has\n"),
+        None => text.push_str("payload    not kept: the record was a row of the source by then\n"),
     }
     text
 }

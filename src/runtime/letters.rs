@@ -1,13 +1,25 @@
 //! Dead letters of rows, the late ledger, and Parquet segments of both.
+//!
+//! # The record of a letter
+//! A row carries where its record lies and nothing else of it. While a poll's rows go through the chain of the source,
+//! the poll's records are still there: a letter of such a row gets payload, key, timestamp and headers ([`Records`]).
+//! Behind an exchange (OVER, GROUP BY, a Redis table), in a sink and while history is read they are not, and keeping them
+//! for rows that do not fail would cost every row: such a letter names the record's place, under which the backup has its
+//! row (`dead-letters show`). A row of a GROUP BY names the newest record of its group.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use arrow::array::{Int32Array, Int64Array, RecordBatch, StringArray};
+use arrow::array::{
+    Array, AsArray, BinaryArray, BooleanArray, Int32Array, Int64Array, RecordBatch, StringArray,
+};
+use arrow::compute::filter_record_batch;
 use arrow::datatypes::{DataType, Field, Schema};
 use bytes::Bytes;
 use parquet::arrow::ArrowWriter;
 
-use crate::error::Result;
+use crate::connectors::SourceBatch;
+use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::chain::{Chain, Outgoing};
 use crate::stream::letters::batches;
@@ -51,7 +63,47 @@ impl LetterStage {
     }
 }
 
-/// The dead letter of a row that came out of a record: the record itself is found in the topic and its backup.
+/// The records of a poll, for the letters of its rows.
+pub struct Records {
+    partition: Int32Array,
+    offset: Int64Array,
+    timestamp: Int64Array,
+    key: Option<BinaryArray>,
+    payload: Option<BinaryArray>,
+}
+
+impl Records {
+    /// Shares the columns of the poll.
+    pub fn of(batch: &SourceBatch) -> Self {
+        Self {
+            partition: batch.partition.clone(),
+            offset: batch.offset.clone(),
+            timestamp: batch.timestamp.clone(),
+            key: batch.key.clone(),
+            payload: batch.payload.clone(),
+        }
+    }
+
+    /// Puts into each letter what there is of its record, but for headers.
+    pub fn add_to(&self, letters: &mut [DeadLetter]) {
+        let mut wanted: HashMap<(i32, i64), Vec<&mut DeadLetter>> = HashMap::new();
+        for letter in letters {
+            wanted.entry((letter.partition, letter.offset)).or_default().push(letter);
+        }
+        let bytes = |column: &Option<BinaryArray>, row: usize| {
+            column.as_ref().filter(|column| column.is_valid(row)).map(|column| column.value(row).to_vec())
+        };
+        for (row, place) in self.partition.values().iter().zip(self.offset.values()).enumerate() {
+            for letter in wanted.remove(&(*place.0, *place.1)).into_iter().flatten() {
+                letter.timestamp_ms = self.timestamp.is_valid(row).then(|| self.timestamp.value(row));
+                letter.key = bytes(&self.key, row);
+                letter.payload = bytes(&self.payload, row);
+            }
+        }
+    }
+}
+
+/// The dead letter of a row that came out of a record: it says where the record lies.
 pub fn of_row(
     stage: Stage,
     at: &Arc<str>,
@@ -113,4 +165,61 @@ pub fn parquet(batches: &[RecordBatch]) -> Result<Bytes> {
         writer.write(batch)?;
     }
     Ok(Bytes::from(writer.into_inner()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::datatypes::SchemaRef;
+
+    use super::*;
+    use crate::stream::Positions;
+
+    #[test]
+    fn letters_of_a_poll_get_their_records() {
+        let schema: SchemaRef = Arc::new(Schema::empty());
+        let bytes =
+            |texts: [Option<&str>; 3]| Some(texts.iter().map(|text| text.map(str::as_bytes)).collect());
+        let batch = SourceBatch {
+            rows: RecordBatch::new_empty(schema),
+            partition: Int32Array::from(vec![0, 1, 0]),
+            offset: Int64Array::from(vec![5, 5, 6]),
+            timestamp: Int64Array::from(vec![Some(50), None, Some(60)]),
+            key: bytes([None, Some("k"), Some("l")]),
+            payload: bytes([Some("a"), Some("b"), Some("c")]),
+            dead: Vec::new(),
+            tombstones: 0,
+            skipped: 0,
+            reached: Positions::default(),
+            at_end: Vec::new(),
+            missing_offsets: 0,
+        };
+        let letter = |partition, offset| DeadLetter {
+            stage: Stage::Expression,
+            at: "v".into(),
+            topic: "t".into(),
+            partition,
+            offset,
+            timestamp_ms: None,
+            key: None,
+            payload: None,
+            headers: None,
+            error: String::new(),
+            kind: "expression",
+        };
+        let mut letters = [letter(1, 5), letter(0, 6), letter(0, 5), letter(1, 5), letter(1, 6)];
+        Records::of(&batch).add_to(&mut letters);
+        let text = |bytes: &Option<Vec<u8>>| bytes.as_ref().map(|b| String::from_utf8_lossy(b).into_owned());
+        let found: Vec<_> =
+            letters.iter().map(|l| (l.timestamp_ms, text(&l.key), text(&l.payload))).collect();
+        let some = |text: &str| Some(text.to_owned());
+        let twice = (None, some("k"), some("b"));
+        let expected = [
+            twice.clone(),
+            (Some(60), some("l"), some("c")),
+            (Some(50), None, some("a")),
+            twice,
+            (None, None, None),
+        ];
+        assert_eq!(found, expected);
+    }
 }

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::plan::{NodeId, SourcePlan};
 use crate::runtime::chain::{Chain, Outgoing};
 use crate::runtime::metrics::{Metrics, SourceMetrics};
+use crate::runtime::letters::Records;
 use crate::runtime::report::{Command, Report, SourceEpoch};
 use crate::runtime::standstill::Standstill;
 use crate::runtime::watermark::{Decided, SourceClock};
@@ -308,6 +309,7 @@ impl SourceTask {
             self.reader.add_headers(&mut dead);
         }
         self.bury(dead)?;
+        let records = Records::of(&batch);
         if let Some((rows, origin)) = kept {
             self.send(rows, origin, out)?;
         }
@@ -315,7 +317,13 @@ impl SourceTask {
         self.chain.flush_blocking(out)
     }
 
+            let known = self.chain.dead.len();
     fn topic(&self) -> Arc<str> {
+            let refused = &mut self.chain.dead[known..];
+            if !refused.is_empty() {
+                records.add_to(refused);
+                self.reader.add_headers(refused);
+            }
         self.topics.first().cloned().unwrap_or_else(|| "".into())
     }
 

@@ -11,8 +11,9 @@
 //! | `key`, `payload` | the record's bytes |
 //! | `headers` | `[{"key":"…","value":"…"}, …]`; bytes as [`text_of`] has them; NULL when there are none |
 //!
-//! `timestamp`, `key`, `payload` and `headers` are NULL where a view or sink refused a row: the record became a row of
-//! the source, which the backup holds under the same place. One record can have several letters, of several views.
+//! `timestamp`, `key`, `payload` and `headers` are NULL where the record was no longer at hand when a row of it was refused:
+//! above OVER, GROUP BY and look-ups in Redis, by a sink, and of rows that were read from history. The record became a
+//! row of the source, which the backup holds under the same place. One record can have several letters, of several views.
 
 use std::borrow::Cow;
 use std::fmt::Write;

@@ -421,14 +421,16 @@ impl SourceReader for KafkaReader {
     }
 
     fn add_headers(&self, letters: &mut [DeadLetter]) {
-        let mut bad: HashMap<(i32, i64), &mut DeadLetter> =
-            letters.iter_mut().map(|letter| ((letter.partition, letter.offset), letter)).collect();
+        let mut bad: HashMap<(i32, i64), Vec<&mut DeadLetter>> = HashMap::new();
+        for letter in letters {
+            bad.entry((letter.partition, letter.offset)).or_default().push(letter);
+        }
         for event in self.consumer.last().events() {
             let Event::Record(record) = event else { continue };
             let offset = record.offset + self.source.base(record.partition);
-            if let Some(letter) = bad.get_mut(&(record.partition, offset)) {
-                letter.headers = headers_text(record.headers.read().into_iter());
-            }
+            let Some(letters) = bad.remove(&(record.partition, offset)) else { continue };
+            let headers = headers_text(record.headers.read().into_iter());
+            letters.into_iter().for_each(|letter| letter.headers.clone_from(&headers));
         }
     }
 
