@@ -9,6 +9,7 @@ use rdkafka::TopicPartitionList;
 use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
+use rdkafka::producer::{FutureProducer, FutureRecord};
 use rdkafka::topic_partition_list::Offset;
 
 use crate::case::{Case, create_topic, services};
@@ -96,10 +97,50 @@ async fn a_topic_that_is_made_anew_stops_the_pipeline_with_a_way_out() {
         "{said}"
     );
     create_topic(&kafka, &case.topic, 4).await;
-    let anew = case.run(&["--until-end"]);
-    let said = String::from_utf8_lossy(&anew.stderr);
-    assert!(anew.status.code() == Some(3) && said.contains("but the topic ends at 0"), "{said}");
+    let manifests = || std::fs::read_dir(format!("{}/manifest", case.state)).unwrap().count();
+    let refused = |more: &[&str]| {
+        let out = case.run(&[&["--until-end"], more].concat());
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(3), "{said}");
+        said
+    };
+    let another = format!("topic {} is not the one that was read so far", case.topic);
+    assert!(refused(&[]).contains(&another));
+    let said = refused(&["--allow-gap"]);
+    assert!(said.contains(&another) && said.contains("but the topic ends at 0"), "{said}");
     assert!(said.contains("hint: The topic was emptied or created anew."), "{said}");
+    // Every offset that comes next is there again, of another record.
+    grow(&case).await;
+    let known = manifests();
+    let said = refused(&[]);
+    assert!(said.contains(&another) && said.contains("Begin anew under another --name"), "{said}");
+    assert_eq!(manifests(), known, "a refused start writes nothing");
+    // A copy of a topic that keeps its offsets has another id too.
+    let out = case.run(&["--until-end", "--allow-gap"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && said.contains(&another), "{said}");
+    let out = case.run(&["--until-end"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && !said.contains(&another), "{said}");
+}
+
+/// More records in each partition than it ever had.
+async fn grow(case: &Case) {
+    let records: Vec<String> = (0..2_000)
+        .map(|n| format!(r#"{{"user_id":1,"transaction_timestamp_millis":{}}}"#, case.start + n))
+        .collect();
+    let producer: FutureProducer =
+        ClientConfig::new().set("bootstrap.servers", &case.services.kafka).create().unwrap();
+    let mut sent = Vec::new();
+    for partition in 0..4 {
+        for record in &records {
+            let record = FutureRecord::<str, str>::to(&case.topic).partition(partition).payload(record);
+            sent.push(producer.send_result(record).map_err(|(e, _)| e).unwrap());
+        }
+    }
+    for delivery in sent {
+        delivery.await.unwrap().map_err(|(e, _)| e).unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

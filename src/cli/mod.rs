@@ -170,7 +170,8 @@ struct RunArgs {
     /// At the stop no row follows: makes everything final and marks the pipeline closed.
     #[arg(long)]
     close: bool,
-    /// Goes on where records are in neither the topic nor its history, and says how many are lost.
+    /// Goes on where records are in neither the topic nor its history, and says how many are lost; also with a topic that
+    /// took the place of the one that was read, at the same offsets.
     #[arg(long)]
     allow_gap: bool,
     /// Name of the pipeline; default: the folder or file stem.

@@ -86,6 +86,11 @@ pub trait SourceConnector: Send + Sync {
     /// External: broker not reachable within its time-out, topic does not exist (with the hint how to make it).
     async fn partitions(&self) -> Result<Vec<PartitionInfo>>;
 
+    /// What this source has and another one that took its place under the same name has not; `None`: nothing is known.
+    async fn identity(&self) -> Option<String> {
+        None
+    }
+
     /// Offsets where a pipeline without stored positions begins, by `scan_startup`.
     async fn start_positions(&self, partitions: &[PartitionInfo]) -> Result<Positions>;
 

@@ -1,6 +1,6 @@
 //! Asks the broker now and then, by a client of its own, what partitions there are and where they end. Partitions that
 //! are added to a topic while the pipeline runs are read from their beginning; ends show a client that gets no more
-//! records ([`super::standstill`]).
+//! records ([`super::standstill`]). A topic that took the place of the one that is read ends the pipeline.
 //!
 //! The shard that gets one takes it in between two polls, so that the next manifest has its position; after a restart it is
 //! an old acquaintance. A partition that is added while the pipeline stands still is found by its start.
@@ -12,7 +12,9 @@ use std::time::Duration;
 use tokio::sync::mpsc::WeakSender;
 
 use crate::connectors::{PartitionInfo, SourceConnector};
-use crate::runtime::report::Command;
+use crate::error::Error;
+use crate::runtime::report::{Command, Report};
+use crate::runtime::start::another;
 use crate::stream::Place;
 
 /// The shard that reads a partition.
@@ -26,6 +28,9 @@ pub struct Discovery {
     pub known: BTreeSet<Place>,
     /// Of the source's shards, which end without us.
     pub commands: Vec<WeakSender<Command>>,
+    /// Of the topic that is read, if it is known.
+    pub identity: Option<String>,
+    pub reports: WeakSender<Report>,
 }
 
 impl Discovery {
@@ -43,6 +48,12 @@ impl Discovery {
                     continue;
                 }
             };
+            if let Some(error) = self.replaced().await {
+                if let Some(reports) = self.reports.upgrade() {
+                    reports.send(Report::Failed(error)).await.ok();
+                }
+                return;
+            }
             self.tell_ends(&partitions);
             for found in partitions {
                 let place = Place::new(0, found.topic, found.partition);
@@ -65,6 +76,12 @@ impl Discovery {
         }
     }
 
+    async fn replaced(&self) -> Option<Error> {
+        let before = self.identity.as_deref()?;
+        let now = self.source.identity().await.filter(|now| now != before)?;
+        Some(another(self.source.as_ref(), before, &now))
+    }
+
     /// A shard that has not taken its last commands gets no more: it is at work.
     fn tell_ends(&self, partitions: &[PartitionInfo]) {
         let shards = self.commands.len();
@@ -76,5 +93,70 @@ impl Discovery {
                 command.try_send(Command::Ends(ends)).ok();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use arrow::datatypes::{Schema, SchemaRef};
+    use async_trait::async_trait;
+    use tokio::sync::mpsc::channel;
+
+    use super::*;
+    use crate::connectors::SourceReader;
+    use crate::error::Result;
+    use crate::stream::Positions;
+
+    /// Says another id from the third time on; nothing in between.
+    struct Replaced(AtomicUsize);
+
+    #[async_trait]
+    impl SourceConnector for Replaced {
+        fn topics(&self) -> Vec<Arc<str>> {
+            vec!["t".into()]
+        }
+
+        fn schema(&self) -> SchemaRef {
+            Arc::new(Schema::empty())
+        }
+
+        async fn partitions(&self) -> Result<Vec<PartitionInfo>> {
+            Ok(Vec::new())
+        }
+
+        async fn identity(&self) -> Option<String> {
+            let ids = [Some("a"), None, Some("b")];
+            ids[self.0.fetch_add(1, Ordering::SeqCst).min(2)].map(str::to_owned)
+        }
+
+        async fn start_positions(&self, _: &[PartitionInfo]) -> Result<Positions> {
+            Ok(Positions::default())
+        }
+
+        async fn reader(&self, _: Positions) -> Result<Box<dyn SourceReader>> {
+            Err(Error::internal("nothing is read"))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_topic_that_was_replaced_ends_the_pipeline() {
+        let source = Arc::new(Replaced(AtomicUsize::new(0)));
+        let (command, _commands) = channel(4);
+        let (report, mut reports) = channel(4);
+        let discovery = Discovery {
+            source: source.clone(),
+            every: Duration::from_millis(1),
+            known: BTreeSet::new(),
+            commands: vec![command.downgrade()],
+            identity: Some("a".to_owned()),
+            reports: report.downgrade(),
+        };
+        discovery.run().await;
+        assert_eq!(source.0.load(Ordering::SeqCst), 3, "an id that is not known is no other one");
+        let Ok(Report::Failed(error)) = reports.try_recv() else { panic!("the pipeline goes on") };
+        assert!(error.message().contains("id is a, this one's is b"), "{error}");
+        assert!(error.is_lasting() && error.hint_text().unwrap().contains("--allow-gap"));
     }
 }

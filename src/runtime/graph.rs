@@ -428,9 +428,11 @@ impl Graph<'_> {
             let source = Arc::clone(&self.world.source);
             let commands = commands.iter().map(Sender::downgrade).collect();
             #[expect(clippy::disallowed_methods, reason = "the runtime spawns; nobody waits for this one")]
-            tokio::spawn(Discovery { source, every, known, commands }.run());
+            tokio::spawn(Discovery { source, every, known, commands, identity, reports }.run());
         }
         Ok(commands)
+            let identity = self.world.embedded.as_ref().and_then(|kept| kept.as_str()).map(str::to_owned);
+            let reports = self.reports.downgrade();
     }
 }
 

@@ -89,11 +89,12 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     // A gap refuses the start before anything is written.
     let seen = source.partitions().await?;
     let gaps = options.allow_gap;
+    let identity = recognised(&source_plan.name, source.as_ref(), latest.as_ref(), gaps).await?;
+    let embedded = identity.map(Into::into).or(embedded);
     let beginning = history::beginning(plan, latest.as_ref(), source.as_ref(), &seen, gaps).await?;
     let continues = plan.sinks().any(|(node, _)| history::continues(plan, node, latest.as_ref()));
     let online = online_stores(plan, name).await?;
     let (lookups, digests) = lookups::open(plan).await?;
-    let lookups = Arc::new(lookups);
     #[cfg_attr(not(feature = "delta"), expect(unused_mut, reason = "nothing to take over"))]
     let mut tables = Tables::open(plan, name, latest.as_ref(), state).await?;
     if let Some(error) = latest.as_ref().and_then(|latest| changes::copied(plan, latest)) {
@@ -141,7 +142,7 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
         ends,
         tables,
         online: fenced,
-        lookups,
+        lookups: Arc::new(lookups),
         digests,
         decided: None,
     })
@@ -149,6 +150,38 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
 
 /// Says which look-up tables have other rows than in the run before.
 fn say_changed(manifest: &Manifest, digests: &Digests) {
+/// What the manifest is to say of a source that has an identity: it is the one that the state has read.
+async fn recognised(
+    name: &str,
+    source: &dyn SourceConnector,
+    latest: Option<&Manifest>,
+    allow_gap: bool,
+) -> Result<Option<String>> {
+    let before = latest.and_then(|manifest| manifest.sources.get(name)?.embedded.as_ref()?.as_str());
+    // What is not known now was perhaps known before, and may be again.
+    let Some(now) = source.identity().await else { return Ok(before.map(str::to_owned)) };
+    if let Some(before) = before.filter(|before| *before != now) {
+        let error = another(source, before, &now);
+        if !allow_gap {
+            return Err(error);
+        }
+        tracing::warn!("{error}; reading goes on at the same offsets (--allow-gap)");
+    }
+    Ok(Some(now))
+}
+
+/// A source that took the place of the one that was read.
+pub(super) fn another(source: &dyn SourceConnector, before: &str, now: &str) -> Error {
+    let topic = source.topics().first().cloned().unwrap_or_else(|| "".into());
+    let message = format!(
+        "topic {topic} is not the one that was read so far: that one's id is {before}, this one's is {now}"
+    );
+    let hint = "It was deleted and created anew, or bootstrap_servers names another cluster, so its offsets are of other \
+                records. Begin anew under another --name with other locations. If it is a copy that kept the offsets, \
+                --allow-gap goes on with it.";
+    Error::external(message).hint(hint).lasting()
+}
+
     for table in lookups::changed(&manifest.lookups, digests) {
         tracing::warn!(
             "look-up table {table} has other rows than in the run before: what was joined stays, what comes is joined with \

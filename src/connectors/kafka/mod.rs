@@ -10,7 +10,8 @@
 //! - A refused **log-in** or **right** is an error as soon as a broker says so; see [`access`].
 //! - What librdkafka logs goes to `tracing` at debug level. An outage is warned about once, when it begins.
 //!
-//! The only unsafe code is in `batch`: librdkafka's batch poll, which the Rust wrapper does not have.
+//! The only unsafe code is in `batch` and `topic_id`: librdkafka's batch poll and DescribeTopics, which the Rust wrapper does
+//! not have.
 
 mod access;
 pub mod bad;
@@ -19,6 +20,7 @@ mod config;
 pub mod embedded;
 pub mod sink;
 pub mod source;
+mod topic_id;
 
 #[cfg(test)]
 mod tests;

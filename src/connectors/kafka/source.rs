@@ -16,6 +16,7 @@ use rdkafka::types::RDKafkaErrorCode;
 
 use super::batch::{BatchConsumer, Event, Record};
 use super::config::{KafkaSourceConfig, ScanStartup};
+use super::topic_id::topic_id;
 use super::{Access, Context, REACH_TIMEOUT, Right, blocking, created, topic_partitions, unreachable};
 use crate::connectors::formats::json_decode::JsonDecoder;
 use crate::connectors::formats::records::{Intent, Raw, Records};
@@ -212,6 +213,22 @@ impl SourceConnector for KafkaSource {
 
     async fn partitions(&self) -> Result<Vec<PartitionInfo>> {
         blocking(|| self.list_partitions())
+    }
+
+    async fn identity(&self) -> Option<String> {
+        // An embedded topic is another one after every start, and its offsets are moved to where the pipeline is.
+        if !self.config.offset_base.is_empty() {
+            return None;
+        }
+        let ask = || {
+            let consumer = self.consumer()?;
+            let found = topic_id(consumer.client(), &self.topic);
+            found.map_err(|error| Error::external("no answer to DescribeTopics").because(error))
+        };
+        blocking(ask).unwrap_or_else(|error| {
+            tracing::debug!(topic = %self.topic, %error, "the topic's id is not known");
+            None
+        })
     }
 
     async fn start_positions(&self, partitions: &[PartitionInfo]) -> Result<Positions> {
