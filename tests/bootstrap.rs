@@ -74,7 +74,7 @@ fn stop(mut running: Child) {
 }
 
 /// Waits until a process has stopped itself.
-fn wait_until_stopped(process: u32) {
+pub fn wait_until_stopped(process: u32) {
     let begun = Instant::now();
     let state = || fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
     while !state().rsplit(") ").next().unwrap().starts_with('T') {
@@ -267,4 +267,36 @@ async fn gaps_and_topics_made_anew_are_errors_with_numbers() {
     let said = failed(&["--until-end", "--allow-gap"]);
     assert!(said.contains("but the topic ends at 0"), "{said}");
     assert!(said.contains("hint: The topic was emptied or created anew"), "{said}");
+}
+
+/// Somebody's VACUUM takes files between the manifest that names them and their commit, and the topic loses the epoch's
+/// records before the next start: the epoch is made again from the backup.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_epoch_of_which_only_the_backup_is_left_is_made_again() {
+    let Some(mut crashes) = Crashes::new("bootstrap-again", false).await else { return };
+    crashes.produce(4_000).await;
+    done(backup(&crashes.case, &["--until-end"]));
+    expire(&crashes.case).await;
+    crashes.produce(2_000).await;
+    done(features(&crashes.case, &["--until-end"]));
+    crashes.produce(2_000).await;
+    done(backup(&crashes.case, &["--until-end"]));
+    // One epoch, with all that is new.
+    crash_at(
+        "manifest.after",
+        features(&crashes.case, &["--until-end", "--checkpoint", "600s"]),
+        &crashes.case,
+    );
+    expire(&crashes.case).await;
+    let manifest = crashes.manifest().await;
+    let lost: Vec<_> = manifest.commits.iter().filter(|commit| !commit.files.is_empty()).collect();
+    assert_eq!(lost.len(), 2, "final rows and totals: {lost:?}");
+    for (commit, file) in lost.iter().flat_map(|commit| commit.files.iter().map(move |file| (commit, file))) {
+        fs::remove_file(std::path::Path::new(&commit.location).join(&file.path)).unwrap();
+    }
+    let parallelism = crashes.parallelism();
+    let said = done(features(&crashes.case, &["--until-end", "--parallelism", &parallelism]));
+    assert_eq!(said.matches("the epoch is made again").count(), 2, "{said}");
+    done(features(&crashes.case, &["--until-end", "--close"]));
+    check(&mut crashes).await;
 }

@@ -278,7 +278,8 @@ impl Coordinator {
         let mut gathered = self.gather(Gathered::default(), barrier.epoch, all - second).await?;
         let mut dead = self.take_dead(&mut gathered);
         if let Some(stage) = &mut self.tasks.letters {
-            let passed = stage.pass(&dead, &self.world.source.topics(), barrier).await?;
+            let letters = crate::stream::letters::batches(&dead, &self.world.source.topics())?;
+            let passed = stage.pass(letters, barrier).await?;
             let Some(refused) = passed else { return Err(self.reason().await) };
             gathered.counts.merge(std::mem::take(&mut stage.chain.counts));
             self.metrics.bury(&refused);

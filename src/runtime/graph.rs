@@ -77,7 +77,7 @@ struct Graph<'a> {
     inboxes: BTreeMap<NodeId, Vec<Vec<Receiver<Message>>>>,
 }
 
-/// `durable`: the newest epoch whose manifest is published.
+/// `durable`: the newest epoch whose manifest is published. A plan without source has letters alone.
 ///
 /// # Errors
 /// External: state files or readers cannot be opened.
@@ -89,7 +89,7 @@ pub async fn spawn(
     durable: watch::Receiver<u64>,
 ) -> Result<Tasks> {
     let (reports, receiver) = channel(1_024);
-    let (source, _) = plan.source().ok_or_else(|| Error::internal("a plan without source was run"))?;
+    let source = plan.source().map(|(source, _)| source);
     let parallelism = options.parallelism;
     let mut graph = Graph {
         plan: Arc::clone(&plan),
@@ -101,7 +101,7 @@ pub async fn spawn(
         durable,
         inboxes: BTreeMap::new(),
     };
-    let source_chains = graph.chains(source, parallelism);
+    let source_chains = source.map(|source| graph.chains(source, parallelism)).unwrap_or_default();
     let mut letters = plan.letters().map(|node| {
         let chain = graph.chains(node, 1).remove(0);
         LetterStage { node, chain, reports: 0 }
@@ -126,7 +126,10 @@ pub async fn spawn(
             }
         }
     }
-    let commands = graph.spawn_source(source, source_chains).await?;
+    let commands = match source {
+        Some(source) => graph.spawn_source(source, source_chains).await?,
+        None => Vec::new(),
+    };
     Ok(Tasks { commands, reports: receiver, shards, letters })
 }
 
@@ -423,16 +426,17 @@ impl Graph<'_> {
             });
             spawned.map_err(|error| Error::external("a thread cannot be started").because(error))?;
         }
-        if let Some(every) = self.world.source.discovery() {
+        // An epoch that runs again ends where it ended.
+        if let Some(every) = self.world.source.discovery().filter(|_| self.world.decided.is_none()) {
             let known = self.world.positions.iter().map(|(place, _)| place).collect();
             let source = Arc::clone(&self.world.source);
             let commands = commands.iter().map(Sender::downgrade).collect();
+            let identity = self.world.embedded.as_ref().and_then(|kept| kept.as_str()).map(str::to_owned);
+            let reports = self.reports.downgrade();
             #[expect(clippy::disallowed_methods, reason = "the runtime spawns; nobody waits for this one")]
             tokio::spawn(Discovery { source, every, known, commands, identity, reports }.run());
         }
         Ok(commands)
-            let identity = self.world.embedded.as_ref().and_then(|kept| kept.as_str()).map(str::to_owned);
-            let reports = self.reports.downgrade();
     }
 }
 

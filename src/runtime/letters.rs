@@ -17,12 +17,13 @@ use arrow::compute::filter_record_batch;
 use arrow::datatypes::{DataType, Field, Schema};
 use bytes::Bytes;
 use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use crate::connectors::SourceBatch;
 use crate::error::{Error, Result};
 use crate::plan::NodeId;
 use crate::runtime::chain::{Chain, Outgoing};
-use crate::stream::letters::batches;
+use crate::stream::letters::with_origin;
 use crate::stream::{Barrier, ChangeBatch, DeadLetter, Message, Place, Port, Reached, Stage};
 
 /// The stage of `dead_letters`: the coordinator runs its chain, one task per sink reads it. The letters of an epoch go
@@ -42,13 +43,12 @@ impl LetterStage {
     /// Internal only.
     pub async fn pass(
         &mut self,
-        dead: &[DeadLetter],
-        topics: &[Arc<str>],
+        letters: Vec<ChangeBatch>,
         barrier: Barrier,
     ) -> Result<Option<Vec<DeadLetter>>> {
         let reached = Arc::new(Reached::default());
         let mut out = Outgoing::new();
-        for batch in batches(dead, topics)? {
+        for batch in letters {
             // They come from nowhere: rows that the node adds.
             self.chain.counts.of(self.node).added += batch.num_rows() as u64;
             self.chain.counts.out(self.node, Port::Accepted, batch.num_rows());
@@ -152,6 +152,28 @@ pub fn ledger(topics: &[Arc<str>], late: &[(u16, i32, i64)]) -> Result<Option<Re
             Arc::new(Int64Array::from_iter_values(late.iter().map(|(_, _, o)| *o))),
         ],
     )?))
+}
+
+/// The letters of a segment that went to the sinks of letters, in their order: all but those that `own` refused, which are
+/// the names of these sinks and of their views.
+///
+/// # Errors
+/// External: it is damaged, or was written by an earlier version.
+pub fn read(segment: Bytes, own: &HashSet<&str>, topics: &[Arc<str>]) -> Result<Vec<ChangeBatch>> {
+    let unreadable = || {
+        Error::external("a segment of dead letters is damaged, or of an earlier version")
+            .hint("Restore the state folder from a copy.")
+    };
+    let reader = ParquetRecordBatchReaderBuilder::try_new(segment).and_then(|builder| builder.build());
+    let mut letters = Vec::new();
+    for rows in reader.map_err(|error| unreadable().because(error))? {
+        let rows = rows.map_err(|error| unreadable().because(error))?;
+        let at = rows.column_by_name("at").and_then(|at| at.as_string_opt::<i32>()).ok_or_else(unreadable)?;
+        let sent: BooleanArray = at.iter().map(|at| Some(at.is_some_and(|at| !own.contains(at)))).collect();
+        let rows = filter_record_batch(&rows, &sent)?;
+        letters.push(with_origin(rows, topics).map_err(|error| unreadable().because(error))?);
+    }
+    Ok(letters)
 }
 
 /// Batches of one schema as one Parquet file.

@@ -3,6 +3,7 @@
 //! Only this room spawns tasks. Per shard: a source thread, a task per OVER, a task per sink; between them bounded
 //! channels. The coordinator cuts the stream into epochs by barriers and publishes a manifest for each.
 
+mod again;
 mod aside;
 pub mod chain;
 pub mod changes;

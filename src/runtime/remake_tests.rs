@@ -1,81 +1,18 @@
-use arrow::array::Int32Array;
-use arrow::datatypes::{DataType, Field, Schema};
 use uuid::Uuid;
 
 use super::*;
-use crate::runtime::letters;
-use crate::state::manifest::{Claimant, PartitionProgress, next_claim};
-use crate::stream::Stage;
+use crate::state::manifest::{Claimant, next_claim};
+use crate::stream::Place;
 
 fn place(partition: i32) -> Place {
     Place::new(0, 0, partition)
 }
 
-fn batch(rows: &[(i32, i64)], reached: &[(i32, i64)]) -> SourceBatch {
-    let numbers: Int64Array = rows.iter().map(|(_, offset)| offset * 10).collect();
-    let schema = Arc::new(Schema::new(vec![Field::new("n", DataType::Int64, false)]));
-    SourceBatch {
-        rows: RecordBatch::try_new(schema, vec![Arc::new(numbers.clone())]).unwrap(),
-        partition: rows.iter().map(|(partition, _)| *partition).collect::<Int32Array>(),
-        offset: rows.iter().map(|(_, offset)| *offset).collect(),
-        timestamp: numbers,
-        key: None,
-        payload: Some(rows.iter().map(|(_, offset)| Some(vec![*offset as u8])).collect()),
-        dead: Vec::new(),
-        tombstones: 0,
-        skipped: 0,
-        reached: reached.iter().map(|(partition, next)| (place(*partition), *next)).collect(),
-        at_end: vec![place(0)],
-        missing_offsets: 0,
-    }
-}
-
-fn letter(partition: i32, offset: i64) -> DeadLetter {
-    DeadLetter {
-        stage: Stage::Decode,
-        at: "s".into(),
-        topic: "t".into(),
-        partition,
-        offset,
-        timestamp_ms: None,
-        key: None,
-        payload: None,
-        headers: None,
-        error: String::new(),
-        kind: "not_json",
-    }
-}
-
 #[test]
-fn records_behind_the_end_are_not_read() {
-    let ends: Positions = [(place(0), 5), (place(1), 9)].into_iter().collect();
-    let mut whole = batch(&[(0, 3), (1, 8), (0, 4)], &[(0, 5), (1, 9)]);
-    whole.dead = vec![letter(0, 2)];
-    let kept = up_to(whole.clone(), &ends).unwrap();
-    assert_eq!((kept.rows, kept.dead.len(), kept.reached), (whole.rows, 1, whole.reached));
-    assert!(kept.at_end.is_empty(), "a partition that was read to its end could become idle");
-
-    let mut beyond = batch(&[(0, 4), (1, 7), (0, 5), (1, 9), (0, 6)], &[(0, 8), (1, 8)]);
-    beyond.dead = vec![letter(0, 7), letter(1, 7)];
-    let kept = up_to(beyond, &ends).unwrap();
-    assert_eq!(kept.offset.values().to_vec(), [4, 7]);
-    assert_eq!(kept.partition.values().to_vec(), [0, 1]);
-    assert_eq!(kept.timestamp.values().to_vec(), [40, 70]);
-    assert_eq!(kept.rows.num_rows(), 2);
-    assert_eq!(kept.payload.unwrap().value(1), [7]);
-    assert_eq!(kept.dead.iter().map(|letter| letter.partition).collect::<Vec<_>>(), [1]);
-    let reached: Vec<_> = kept.reached.iter().collect();
-    assert_eq!(reached, [(place(0), 5), (place(1), 8)]);
-}
-
-#[test]
-fn a_partition_that_was_added_is_read_from_its_beginning() {
-    let at = |partition, next_offset| PartitionProgress { topic: 0, partition, next_offset, watermark: None };
-    let from = SourceProgress { partitions: vec![at(0, 7)], ..SourceProgress::default() };
+fn partitions_that_were_added_later_are_not_read() {
+    let begun: Positions = [(place(0), 7), (place(1), 2), (place(2), 0)].into_iter().collect();
     let ends: Positions = [(place(0), 9), (place(1), 4)].into_iter().collect();
-    let partitions = [PartitionInfo { topic: 0, partition: 1, low: 2, high: 30 }];
-    let begun = begin(&from, &ends, &partitions);
-    assert_eq!(begun.iter().collect::<Vec<_>>(), [(place(0), 7), (place(1), 2)]);
+    assert_eq!(within(&begun, &ends).iter().collect::<Vec<_>>(), [(place(0), 7), (place(1), 2)]);
 }
 
 fn manifest(data_epoch: u64, sink: Option<&str>) -> Manifest {
@@ -102,10 +39,14 @@ fn an_epoch_is_made_again_only_behind_the_one_before() {
     let before = manifest(6, Some("t"));
     assert_eq!(possible(&lost(Some(6)), Some(&before), false), Ok(()));
     assert!(possible(&lost(Some(6)), None, false).is_err(), "the first epoch");
-    assert!(possible(&lost(Some(6)), Some(&before), true).is_err(), "letters");
     assert!(possible(&lost(Some(5)), Some(&before), false).is_err(), "an older copy of the table");
     assert!(possible(&lost(None), Some(&before), false).is_err(), "the table was removed");
     assert_eq!(possible(&lost(None), Some(&manifest(6, Some("other"))), false), Ok(()), "the sink was new");
+    // Letters need no state before theirs, but their table does not lack any either.
+    assert_eq!(possible(&lost(Some(6)), Some(&before), true), Ok(()));
+    assert_eq!(possible(&lost(None), None, true), Ok(()));
+    assert!(possible(&lost(Some(5)), Some(&before), true).is_err(), "an older copy of the table");
+    assert!(possible(&lost(Some(5)), None, true).is_err(), "nothing says what came before");
     assert!(possible(&Lost { grows: true, ..lost(Some(6)) }, Some(&before), false).is_err());
 }
 
@@ -113,11 +54,13 @@ fn an_epoch_is_made_again_only_behind_the_one_before() {
 fn records_that_are_gone_are_noticed() {
     let of = |accepted, late, dead_letters| Accounts { accepted, late, dead_letters, ..Accounts::default() };
     let (from, to) = (of(100, 5, 2), of(150, 7, 3));
-    assert!(same_records(&of(50, 2, 1), &from, &to).is_ok());
+    assert!(same_records(&of(50, 2, 1), &from, &to, false).is_ok());
     for other in [of(49, 2, 1), of(50, 1, 1), of(50, 2, 0)] {
-        let error = same_records(&other, &from, &to).unwrap_err();
+        let error = same_records(&other, &from, &to, false).unwrap_err();
         assert!(error.hint_text().unwrap().contains("retention"), "{error}");
     }
+    assert!(same_records(&of(50, 2, 0), &from, &to, true).is_ok(), "a backup has no dead letters");
+    assert!(same_records(&of(50, 1, 1), &from, &to, true).is_err());
 }
 
 #[test]

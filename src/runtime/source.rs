@@ -14,12 +14,13 @@ use crate::connectors::formats::OnError;
 use crate::connectors::{SourceBatch, SourceConnector, SourceReader};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, SourcePlan};
+use crate::runtime::again::{Decided, up_to};
 use crate::runtime::chain::{Chain, Outgoing};
-use crate::runtime::metrics::{Metrics, SourceMetrics};
 use crate::runtime::letters::Records;
+use crate::runtime::metrics::{Metrics, SourceMetrics};
 use crate::runtime::report::{Command, Report, SourceEpoch};
 use crate::runtime::standstill::Standstill;
-use crate::runtime::watermark::{Decided, SourceClock};
+use crate::runtime::watermark::SourceClock;
 use crate::state::manifest::PartitionProgress;
 use crate::stream::clock::Clock;
 use crate::stream::{
@@ -110,7 +111,12 @@ impl SourceTask {
                 return Ok(());
             }
             self.weigh()?;
-            match self.reader.poll(MAX_ROWS, Duration::from_millis(1))? {
+            let polled = self.reader.poll(MAX_ROWS, Duration::from_millis(1))?;
+            let polled = match (polled, &self.decided) {
+                (Some(batch), Some(_)) => Some(up_to(batch, &self.ends)?),
+                (polled, _) => polled,
+            };
+            match polled {
                 Some(batch) => self.take(batch, &mut out)?,
                 None => {
                     self.state.standstill.polled_nothing();
@@ -303,27 +309,27 @@ impl SourceTask {
                 None => self.state.silent.push((place, now)),
             }
         }
+        let records = Records::of(&batch);
         let mut dead = Vec::new();
         let kept = self.plan.accept(batch, &self.topic(), &mut dead)?;
         if !dead.is_empty() {
             self.reader.add_headers(&mut dead);
         }
         self.bury(dead)?;
-        let records = Records::of(&batch);
         if let Some((rows, origin)) = kept {
-            self.send(rows, origin, out)?;
-        }
-        self.forward_watermark(out);
-        self.chain.flush_blocking(out)
-    }
-
             let known = self.chain.dead.len();
-    fn topic(&self) -> Arc<str> {
+            self.send(rows, origin, out)?;
             let refused = &mut self.chain.dead[known..];
             if !refused.is_empty() {
                 records.add_to(refused);
                 self.reader.add_headers(refused);
             }
+        }
+        self.forward_watermark(out);
+        self.chain.flush_blocking(out)
+    }
+
+    fn topic(&self) -> Arc<str> {
         self.topics.first().cloned().unwrap_or_else(|| "".into())
     }
 

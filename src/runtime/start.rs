@@ -15,6 +15,7 @@ use crate::connectors::memory::MemoryStore;
 use crate::connectors::{OnlineState, OnlineStore, PartitionInfo, SourceConnector, files};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
+use crate::runtime::again::Decided;
 use crate::runtime::flushed::set_back;
 use crate::runtime::history::{self, Bootstrap};
 use crate::runtime::lookups::{self, Digests, Lookups};
@@ -24,7 +25,6 @@ use crate::runtime::staged;
 use crate::runtime::{RunOptions, changes};
 
 use crate::runtime::tables::Tables;
-use crate::runtime::watermark::Decided;
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
 use crate::state::manifest::{Manifest, SourceProgress};

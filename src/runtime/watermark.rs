@@ -8,7 +8,7 @@
 //! One clock is shared by the shards of a source. A batch is decided under one lock, and what it publishes is sent
 //! by each shard behind the rows it has accepted, so no row follows a watermark that it is below.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::stream::{END_OF_TIME, Micros, Place, START_OF_TIME};
@@ -137,15 +137,6 @@ impl SourceClock {
         let watermark = |p: &Partition| p.max_time.map(|max| max.saturating_sub(self.lateness));
         inner.partitions.iter().map(|(place, p)| (*place, watermark(p))).collect()
     }
-}
-
-/// What an epoch has decided that runs again.
-#[derive(Debug, Default)]
-pub struct Decided {
-    /// (topic, partition, offset) of the late rows.
-    pub late: HashSet<(u16, i32, i64)>,
-    /// The source's watermark at the end; `None` before any row.
-    pub watermark: Option<Micros>,
 }
 
 /// What the watermark of a source waits for.

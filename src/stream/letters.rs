@@ -20,9 +20,10 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use arrow::array::{
-    ArrayRef, BinaryArray, Int32Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
+    ArrayRef, AsArray, BinaryArray, Int32Array, Int64Array, RecordBatch, StringArray,
+    TimestampMicrosecondArray,
 };
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Int32Type, Int64Type, Schema, SchemaRef, TimestampMicrosecondType};
 use arrow::error::ArrowError;
 
 use super::{ChangeBatch, DeadLetter, Origin, Place, timestamp_type};
@@ -86,21 +87,35 @@ fn batch(dead: &[DeadLetter], topics: &[Arc<str>]) -> Result<ChangeBatch, ArrowE
             words(|letter| &letter.error),
             words(|letter| &letter.topic),
             Arc::new(Int32Array::from_iter_values(dead.iter().map(|letter| letter.partition))),
-            Arc::new(offsets.clone()),
+            Arc::new(offsets),
             Arc::new(times.with_timezone("UTC")),
             Arc::new(dead.iter().map(|letter| letter.key.as_deref()).collect::<BinaryArray>()),
             Arc::new(dead.iter().map(|letter| letter.payload.as_deref()).collect::<BinaryArray>()),
             Arc::new(dead.iter().map(|letter| letter.headers.as_deref()).collect::<StringArray>()),
         ],
     )?;
-    let place = |letter: &DeadLetter| {
-        let topic = topics.iter().position(|topic| *topic == letter.topic).unwrap_or_default();
-        Place::new(0, topic as u16, letter.partition).0
-    };
+    with_origin(rows, topics)
+}
+
+/// Rows of [`schema`] with their place in the total order: that of their record, by its own time.
+///
+/// # Errors
+/// The rows are not of [`schema`].
+pub fn with_origin(rows: RecordBatch, topics: &[Arc<str>]) -> Result<ChangeBatch, ArrowError> {
+    if rows.schema() != schema() {
+        return Err(ArrowError::SchemaError("these are no dead letters".to_owned()));
+    }
+    let partitions = rows.column(5).as_primitive::<Int32Type>();
+    let places =
+        rows.column(4).as_string::<i32>().iter().zip(partitions.values()).map(|(name, partition)| {
+            let topic = topics.iter().position(|topic| Some(&**topic) == name).unwrap_or_default();
+            Place::new(0, topic as u16, *partition).0
+        });
+    let times = rows.column(7).as_primitive::<TimestampMicrosecondType>();
     let origin = Origin {
-        time: Int64Array::from_iter_values(dead.iter().map(|letter| micros(letter).unwrap_or_default())),
-        place: Int64Array::from_iter_values(dead.iter().map(place)),
-        offset: offsets,
+        time: times.iter().map(Option::unwrap_or_default).collect(),
+        place: places.collect(),
+        offset: rows.column(6).as_primitive::<Int64Type>().clone(),
     };
     Ok(ChangeBatch::append(rows, origin))
 }
