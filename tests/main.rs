@@ -28,6 +28,7 @@ mod groups;
 mod layout;
 mod letters;
 mod lookups;
+mod lost;
 mod memory;
 mod online;
 mod options;

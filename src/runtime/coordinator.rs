@@ -204,10 +204,12 @@ impl Coordinator {
         next.garbage = garbage_of(&self.last, &next, &self.deleted, &self.world.orphans);
         self.world.orphans.clear();
         self.world.store.publish(&next).await?;
+        let published = Clock.unix_millis();
         self.metrics.epoch.store(next.epoch, Ordering::Relaxed);
-        self.metrics.checkpoint_ms.store(Clock.unix_millis(), Ordering::Relaxed);
+        self.metrics.checkpoint_ms.store(published, Ordering::Relaxed);
         self.durable.send_replace(next.epoch);
-        self.world.tables.commit(&self.plan, &next, &self.metrics).await?;
+        let World { tables, store, .. } = &mut self.world;
+        tables.commit(&self.plan, (&next, published), store, &self.metrics).await?;
         staged::publish(&self.plan, &next, Some(&self.metrics)).await?;
         self.world.store.check_fence(next.epoch).await?;
         self.world.store.delete_files(&next.garbage).await?;

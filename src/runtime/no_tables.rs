@@ -19,7 +19,13 @@ impl Tables {
         Ok(Self::default())
     }
 
-    pub async fn commit(&mut self, _: &StreamPlan, _: &Manifest, _: &Metrics) -> Result<()> {
+    pub async fn commit(
+        &mut self,
+        _: &StreamPlan,
+        _: (&Manifest, i64),
+        _: &StateStore,
+        _: &Metrics,
+    ) -> Result<()> {
         Ok(())
     }
 

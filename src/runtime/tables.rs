@@ -22,6 +22,9 @@ use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
 use crate::stream::{Micros, START_OF_TIME, crash};
 
+/// For so long after its manifest a commit is made without another look at the fence and at its files.
+const FRESH_MS: i64 = 5_000;
+
 /// Committers of the Delta sinks.
 pub struct Tables {
     committers: BTreeMap<NodeId, DeltaCommitter>,
@@ -135,15 +138,25 @@ impl Tables {
         Ok(None)
     }
 
-    /// Makes the commits of a published manifest.
+    /// Makes the commits of a manifest that was published at that time (ms).
     ///
     /// # Errors
-    /// External: a store failed, or another state has taken a table over.
-    pub async fn commit(&mut self, plan: &StreamPlan, manifest: &Manifest, metrics: &Metrics) -> Result<()> {
+    /// External: a store failed, another state has taken a table over, or prepared files are gone. Fenced: overtaken.
+    pub async fn commit(
+        &mut self,
+        plan: &StreamPlan,
+        (manifest, published): (&Manifest, i64),
+        store: &StateStore,
+        metrics: &Metrics,
+    ) -> Result<()> {
         for commit in &manifest.commits {
             let Some(committer) = self.committer(plan, commit) else { continue };
             let progress = progress_of(commit, manifest.generation);
             crash::point("delta.commit.before");
+            if !(0..FRESH_MS).contains(&(Clock.unix_millis() - published)) {
+                store.check_fence(manifest.epoch).await?;
+                still_there(committer, commit).await?;
+            }
             let done = committer.commit(commit.epoch, &files_of(commit), &progress).await?;
             crash::point("delta.commit.after");
             let Committed::Version(version) = done else { continue };
@@ -205,6 +218,23 @@ pub async fn look(
 /// Whether the table has rows of this sink: a backup of another pipeline's, which may run, is not taken over.
 fn continued(table: &TableState) -> bool {
     table.exists && table.last_epoch.is_some()
+}
+
+/// Whether what is about to be committed can be, after a sleep.
+///
+/// # Errors
+/// External: a store failed, or a file is gone and the commit not made.
+async fn still_there(committer: &mut DeltaCommitter, commit: &PreparedCommit) -> Result<()> {
+    let gone = committer.missing_files(&files_of(commit)).await?;
+    let Some(file) = gone.first() else { return Ok(()) };
+    if committer.is_done(commit.epoch).await? {
+        return Ok(());
+    }
+    let (sink, epoch) = (&commit.sink, commit.epoch);
+    let message = format!("sink {sink}: the prepared file {file} of epoch {epoch} is gone before its commit");
+    let hint = "This process slept, or its stores were slow, and another VACUUM removed the file meanwhile. Start the \
+                pipeline again: it makes the epoch again.";
+    Err(Error::external(message).hint(hint))
 }
 
 /// Whether a prepared commit is in its table, or the table is gone.
