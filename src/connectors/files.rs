@@ -3,9 +3,11 @@
 //! S3 credentials come by the usual chain of `AWS_*` variables; `AWS_ENDPOINT_URL` names another server, which is then
 //! addressed path-style. Manifests and Delta commits need its conditional PUT, which is on by default.
 
+use std::ffi::OsStr;
+use std::fs::DirEntry;
 use std::path::{Component, Path as FilePath, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use futures::StreamExt;
 use object_store::ObjectStore;
@@ -20,6 +22,8 @@ use crate::error::{Error, Result};
 
 /// How long a store may take to give its first answer, retries included.
 const PROBE_TIME_OUT: Duration = Duration::from_secs(15);
+/// Nobody writes one file for longer.
+const UNFINISHED_MS: i64 = 3_600_000;
 
 /// A store rooted at a location.
 #[derive(Debug, Clone)]
@@ -192,6 +196,48 @@ pub async fn probe(located: &Located) -> Result<()> {
     }
 }
 
+/// Removes what processes that were killed left half written in a local folder and those below it: a file is written as
+/// `name#1` and renamed, and no listing shows it before. Only what is older than an hour: nobody writes one file for so
+/// long. What cannot be removed stays; nothing needs it to be gone. Does nothing for a bucket, which has no such files.
+pub fn remove_unfinished(location: &str, now_ms: i64) -> usize {
+    match parse(location) {
+        Ok(Location::Local(path)) => removed_below(&path, now_ms.saturating_sub(UNFINISHED_MS)),
+        _ => 0,
+    }
+}
+
+fn removed_below(folder: &FilePath, before_ms: i64) -> usize {
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    let old = |entry: &DirEntry| {
+        let modified = entry.metadata().and_then(|found| found.modified()).ok();
+        let since = modified.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        since.is_some_and(|since| i64::try_from(since.as_millis()).is_ok_and(|at| at < before_ms))
+    };
+    let mut removed = 0;
+    for entry in entries.flatten() {
+        // A link is neither: what it leads to is not ours.
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => removed += removed_below(&entry.path(), before_ms),
+            Ok(kind) if kind.is_file() && is_unfinished(&entry.file_name()) && old(&entry) => {
+                match std::fs::remove_file(entry.path()) {
+                    Ok(()) => removed += 1,
+                    Err(error) => {
+                        tracing::debug!(file = %entry.path().display(), %error, "not removed")
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    removed
+}
+
+/// Whether a name is that of a file before it is renamed.
+fn is_unfinished(name: &OsStr) -> bool {
+    let suffix = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, suffix)| suffix);
+    suffix.is_some_and(|suffix| !suffix.is_empty() && suffix.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 fn local(path: &FilePath, private: bool) -> Result<Located> {
     let fail = |error: std::io::Error| {
         let hint = "Choose a folder that this user may write to.";
@@ -250,6 +296,49 @@ mod tests {
         let second = by_url.store.put_opts(&name, "2".into(), create).await;
         assert!(matches!(second, Err(object_store::Error::AlreadyExists { .. })));
         assert_eq!(by_url.store.get(&name).await.unwrap().bytes().await.unwrap(), "1");
+    }
+
+    /// The library that writes the files leaves them under the names that we remove.
+    #[tokio::test]
+    async fn half_written_files_of_the_past_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let location = folder.path().to_string_lossy().into_owned();
+        let store = open(&location).unwrap().store;
+        let name = Path::from("t/c=x%231/part.parquet");
+        store.put(&name, "rows".into()).await.unwrap();
+        // As a kill leaves it: begun, not renamed.
+        let mut upload = store.put_multipart(&name).await.unwrap();
+        upload.put_part("half".into()).await.unwrap();
+        std::mem::forget(upload);
+        for other in ["part.parquet#", "part#x", "#1x"] {
+            std::fs::write(folder.path().join("t").join(other), "").unwrap();
+        }
+        let now = crate::stream::clock::Clock.unix_millis();
+        let names = || {
+            let all = walk(folder.path());
+            all.into_iter().filter(|name| is_unfinished(OsStr::new(name))).collect::<Vec<_>>()
+        };
+        assert_eq!(names(), ["part.parquet#1"]);
+        let before = walk(folder.path()).len();
+        assert_eq!(remove_unfinished(&location, now), 0, "it may be being written");
+        assert_eq!(remove_unfinished(&location, now + UNFINISHED_MS + 60_000), 1);
+        assert_eq!((names().len(), walk(folder.path()).len()), (0, before - 1));
+        assert_eq!(store.get(&name).await.unwrap().bytes().await.unwrap(), "rows");
+        assert_eq!(
+            remove_unfinished("s3://bucket/x", i64::MAX) + remove_unfinished("./nowhere", i64::MAX),
+            0
+        );
+    }
+
+    fn walk(folder: &FilePath) -> Vec<String> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(folder).unwrap().flatten() {
+            match entry.file_type().unwrap().is_dir() {
+                true => names.extend(walk(&entry.path())),
+                false => names.push(entry.file_name().to_string_lossy().into_owned()),
+            }
+        }
+        names
     }
 
     #[test]

@@ -19,6 +19,7 @@ use super::formats::json_encode::JsonEncoder;
 use super::partition::{Partitioning, Splitter, folders, parse_list};
 use crate::error::{Error, Result};
 use crate::sql::options::Options;
+use crate::stream::clock::Clock;
 use crate::stream::{ChangeBatch, crash};
 
 /// The folder of files that no reader should see yet.
@@ -188,6 +189,7 @@ pub async fn clean(location: &str, generation: u64) -> Result<()> {
             tracing::info!(file = %path, "removed what an unfinished epoch had staged");
         }
     }
+    files::remove_unfinished(&format!("{location}/{STAGED}"), Clock.unix_millis());
     Ok(())
 }
 

@@ -28,7 +28,7 @@ use crate::runtime::tables::Tables;
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
 use crate::state::manifest::{Manifest, SourceProgress};
-use crate::state::store::StateStore;
+use crate::state::store::{self, StateStore};
 use crate::stream::clock::Clock;
 use crate::stream::{Place, Positions, crash};
 
@@ -110,6 +110,7 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     changes::adopt(plan, &manifest).await?;
     say_changed(&manifest, &digests);
     let orphans = store.unreferenced(&manifest).await?;
+    store::folders().for_each(|folder| remove_unfinished(&format!("{state}/{folder}")));
     #[cfg(feature = "delta")]
     {
         let partitions = &seen;
@@ -149,7 +150,6 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
 }
 
 /// Says which look-up tables have other rows than in the run before.
-fn say_changed(manifest: &Manifest, digests: &Digests) {
 /// What the manifest is to say of a source that has an identity: it is the one that the state has read.
 async fn recognised(
     name: &str,
@@ -182,6 +182,7 @@ pub(super) fn another(source: &dyn SourceConnector, before: &str, now: &str) -> 
     Error::external(message).hint(hint).lasting()
 }
 
+fn say_changed(manifest: &Manifest, digests: &Digests) {
     for table in lookups::changed(&manifest.lookups, digests) {
         tracing::warn!(
             "look-up table {table} has other rows than in the run before: what was joined stays, what comes is joined with \
@@ -191,6 +192,11 @@ pub(super) fn another(source: &dyn SourceConnector, before: &str, now: &str) -> 
 }
 
 /// Opens the source; a generator keeps the start of its first run, files their names.
+/// What killed processes left behind in a local folder.
+fn remove_unfinished(folder: &str) {
+    files::remove_unfinished(folder, Clock.unix_millis());
+}
+
 pub(super) async fn connector(
     source: &SourcePlan,
     #[cfg_attr(not(feature = "kafka"), expect(unused_variables, reason = "the name of a consumer group"))]

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
 
 use crate::connectors::delta::{DeltaConfig, Upkeep as TableUpkeep};
+use crate::connectors::files::remove_unfinished;
 use crate::error::{Domain, Error, Result};
 use crate::plan::{NodeId, SinkKind, StreamPlan};
 use crate::runtime::aside;
@@ -180,8 +181,10 @@ impl Chores {
             self.upkeep.delete_files(&files).await?;
             fence.check().await?;
             let entries = self.upkeep.expire_log().await?;
-            if !files.is_empty() || entries > 0 {
-                tracing::info!(%location, files = files.len(), entries, "deleted what nobody needs any more");
+            let unfinished = remove_unfinished(location, Clock.unix_millis());
+            if files.len() + unfinished + entries > 0 {
+                let files = files.len() + unfinished;
+                tracing::info!(%location, files, entries, "deleted what nobody needs any more");
             }
         }
         Ok(())

@@ -207,7 +207,7 @@ impl StateStore {
     /// External: the store failed.
     pub async fn files(&self) -> Result<Vec<String>> {
         let mut listed = Vec::new();
-        for folder in FOLDERS.into_iter().chain(["manifest"]) {
+        for folder in folders() {
             listed.extend(self.list(folder, None).await?);
         }
         Ok(listed)
@@ -446,7 +446,12 @@ fn fenced(pipeline: &str, by: u64) -> Error {
 /// Nothing outside the folders of this module is ever written or deleted, whatever a manifest says.
 fn check_path(path: &str) -> Result<()> {
     let inside = path.split_once('/').is_some_and(|(folder, rest)| {
-        (FOLDERS.contains(&folder) || folder == "manifest")
+        folders().any(|ours| ours == folder)
+/// The folders of a state.
+pub fn folders() -> impl Iterator<Item = &'static str> {
+    FOLDERS.into_iter().chain(["manifest"])
+}
+
             && rest.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
     });
     if inside { Ok(()) } else { Err(Error::internal(format!("{path} is no path of the state folder"))) }

@@ -30,6 +30,8 @@
 //! When `vacuum_retention` is longer than the table's log remembers removed files (`delta.deletedFileRetentionDuration`,
 //! 7 days; a table that we create gets the option's value), only files with a tombstone go.
 //!
+//! Local files that a killed process left half written (`name#1`) go after an hour.
+//!
 //! Other names, hidden folders and the log are left alone. Entries of the log go by the table's own
 //! `delta.logRetentionDuration` (30 days) once a checkpoint covers them. A foreign RESTORE to a version older than
 //! `vacuum_retention` finds its files gone, as after any VACUUM.
