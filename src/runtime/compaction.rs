@@ -1,7 +1,9 @@
 //! Merges state files beside the stream: begun after a manifest, taken up by a later one.
 //!
 //! What is merged is what the newest manifest names, so it does not change meanwhile; the files that went into it stay
-//! until the manifest that names the merged one is acknowledged, as the garbage list has it. A merge that a crash or a
+//! until the manifest that names the merged one is acknowledged, as the garbage list has it. A later manifest may drop some
+//! before they were read, and they are deleted beside the merge: their rows have left every frame, or a full snapshot has
+//! them. They are merged without. A merge that a crash or a
 //! stop interrupts leaves at most a file that no manifest names, which the next claimant finds. A merge that fails is
 //! tried again later: the pipeline needs none.
 
@@ -32,6 +34,8 @@ struct Job {
 
 struct Done {
     inputs: BTreeSet<String>,
+    /// Those that were deleted before they were read.
+    gone: Vec<String>,
     /// `None`: no row was left.
     merged: Option<StateFile>,
 }
@@ -90,6 +94,12 @@ impl Compaction {
 
 /// Rows of a file that is gone meanwhile lay below the horizon, or a full snapshot has them: then all are gone.
 fn replace(next: &mut Manifest, done: Done, orphans: &mut Vec<String>) {
+    // One that is needed still was not deleted by us: without it there is nothing to put in the place of the others.
+    if let Some(file) = done.gone.iter().find(|gone| next.files.iter().any(|file| file.path == **gone)) {
+        tracing::warn!(%file, "state files were not merged: one is missing although the state needs it");
+        orphans.extend(done.merged.map(|merged| merged.path));
+        return;
+    }
     let before = next.files.len();
     next.files.retain(|file| !done.inputs.contains(&file.path));
     match done.merged {
@@ -139,9 +149,12 @@ fn keys(node: &NodeKind, kind: &str) -> Option<Option<Vec<usize>>> {
 
 impl Job {
     async fn run(self, store: &StateStore) -> Result<Done> {
-        let mut files = Vec::with_capacity(self.inputs.len());
+        let (mut files, mut gone) = (Vec::with_capacity(self.inputs.len()), Vec::new());
         for file in &self.inputs {
-            files.push(store.get_file(&file.path).await?);
+            match store.find_file(&file.path).await? {
+                Some(bytes) => files.push(bytes),
+                None => gone.push(file.path.clone()),
+            }
         }
         let Self { inputs, keys, horizon, path, generation } = self;
         #[expect(
@@ -156,12 +169,93 @@ impl Job {
         let first = inputs.first().map(|file| (file.node.clone(), file.kind.clone()));
         let inputs = inputs.into_iter().map(|file| file.path).collect();
         let (Some(merged), Some((node, kind))) = (merged, first) else {
-            return Ok(Done { inputs, merged: None });
+            return Ok(Done { inputs, gone, merged: None });
         };
         let (rows, bytes) = (merged.rows as u64, merged.bytes.len() as u64);
         store.put_file(&path, merged.bytes).await?;
         let (min_time, max_time) = merged.times.unzip();
         let merged = StateFile { path, node, kind, epoch, generation, rows, bytes, min_time, max_time };
-        Ok(Done { inputs, merged: Some(merged) })
+        Ok(Done { inputs, gone, merged: Some(merged) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{Int64Array, RecordBatch, UInt8Array};
+    use bytes::Bytes;
+    use object_store::memory::InMemory;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::state::compaction::TIME;
+    use crate::state::files::{decode, encode};
+    use crate::state::keys::KEY_GROUPS;
+    use crate::state::manifest::{Claimant, next_claim};
+    use crate::stream::clock::Clock;
+
+    fn rows(times: &[i64]) -> Bytes {
+        let groups = Arc::new(UInt8Array::from(vec![0; times.len()]));
+        let times = Arc::new(Int64Array::from(times.to_vec()));
+        encode(&RecordBatch::try_from_iter([("__group", groups as _), (TIME, times as _)]).unwrap()).unwrap()
+    }
+
+    fn times(file: Bytes) -> Vec<i64> {
+        let batches = decode(file, 0..KEY_GROUPS as u16).unwrap();
+        let column = |batch: &RecordBatch| {
+            batch.column(1).as_any().downcast_ref::<Int64Array>().unwrap().values().to_vec()
+        };
+        let mut times: Vec<i64> = batches.iter().flat_map(column).collect();
+        times.sort_unstable();
+        times
+    }
+
+    fn file(epoch: u64) -> StateFile {
+        StateFile {
+            path: file_name("n", "rows", 1, epoch, 0),
+            node: "n".into(),
+            kind: "rows".into(),
+            epoch,
+            generation: 1,
+            rows: 1,
+            bytes: 1,
+            min_time: None,
+            max_time: None,
+        }
+    }
+
+    /// A manifest that came while files were being merged dropped the oldest, whose rows have left the frame.
+    #[tokio::test]
+    async fn a_file_that_is_dropped_before_it_is_read_is_merged_without() {
+        let store = StateStore::new(Arc::new(InMemory::new()), object_store::path::Path::default(), Clock);
+        for epoch in 1..=4 {
+            store.put_file(&file(epoch).path, rows(&[epoch as i64 * 10])).await.unwrap();
+        }
+        let job = || Job {
+            inputs: (1..=4).map(file).collect(),
+            keys: None,
+            horizon: 0,
+            path: file_name("n", "rows-merged", 1, 4, 0),
+            generation: 1,
+        };
+        store.delete_files(&[file(1).path]).await.unwrap();
+        let claimant = Claimant { pipeline: "p", writer: Uuid::from_u128(1), now_ms: 0 };
+        let mut next = next_claim(None, 1, Uuid::from_u128(2), &claimant);
+        next.files = (2..=6).map(file).collect();
+        let mut orphans = Vec::new();
+        replace(&mut next, job().run(&store).await.unwrap(), &mut orphans);
+        let paths: Vec<&str> = next.files.iter().map(|file| file.path.as_str()).collect();
+        assert_eq!(paths, [file(5).path, file(6).path, job().path]);
+        assert!(orphans.is_empty());
+        assert_eq!(times(store.get_file(&job().path).await.unwrap()), [20, 30, 40]);
+
+        // One that the state needs is missing: what is left of the state stays as it is.
+        next.files = (1..=6).map(file).collect();
+        let before = next.files.clone();
+        replace(&mut next, job().run(&store).await.unwrap(), &mut orphans);
+        assert_eq!((next.files, orphans), (before, vec![job().path]));
+        // A full snapshot came meanwhile, and all are gone.
+        store.delete_files(&(1..=4).map(|epoch| file(epoch).path).collect::<Vec<_>>()).await.unwrap();
+        let done = job().run(&store).await.unwrap();
+        assert!(done.merged.is_none() && done.gone.len() == 4);
     }
 }

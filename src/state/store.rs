@@ -103,7 +103,7 @@ impl StateStore {
     /// As [`StateStore::latest`].
     pub async fn read(&self, epoch: u64) -> Result<Option<Manifest>> {
         let path = manifest_path(epoch);
-        let Some(json) = self.try_get(&path).await? else { return Ok(None) };
+        let Some(json) = self.find_file(&path).await? else { return Ok(None) };
         let manifest = Manifest::from_json(&path, &json)?;
         if manifest.epoch != epoch {
             return Err(Error::external(format!(
@@ -319,13 +319,17 @@ impl StateStore {
     /// # Errors
     /// External: the store failed, or the file is missing although a manifest names it.
     pub async fn get_file(&self, path: &str) -> Result<Bytes> {
-        self.try_get(path).await?.ok_or_else(|| {
+        self.find_file(path).await?.ok_or_else(|| {
             Error::external(format!("the state file {} is missing", self.at(path)))
                 .hint("Restore the state folder from a copy, or run `millstream reset` to rebuild the state.")
         })
     }
 
-    async fn try_get(&self, path: &str) -> Result<Option<Bytes>> {
+    /// Reads a file whole; `None`: it is not there (any more).
+    ///
+    /// # Errors
+    /// External: the store failed.
+    pub async fn find_file(&self, path: &str) -> Result<Option<Bytes>> {
         let at = self.at(path);
         let get = || async { self.store.get(&at).await?.bytes().await };
         match self.retried(get).await {
@@ -443,15 +447,15 @@ fn fenced(pipeline: &str, by: u64) -> Error {
         .hint("Stop one of the two processes; to run two pipelines, give each its own --name and --state.")
 }
 
-/// Nothing outside the folders of this module is ever written or deleted, whatever a manifest says.
-fn check_path(path: &str) -> Result<()> {
-    let inside = path.split_once('/').is_some_and(|(folder, rest)| {
-        folders().any(|ours| ours == folder)
 /// The folders of a state.
 pub fn folders() -> impl Iterator<Item = &'static str> {
     FOLDERS.into_iter().chain(["manifest"])
 }
 
+/// Nothing outside the folders of this module is ever written or deleted, whatever a manifest says.
+fn check_path(path: &str) -> Result<()> {
+    let inside = path.split_once('/').is_some_and(|(folder, rest)| {
+        folders().any(|ours| ours == folder)
             && rest.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
     });
     if inside { Ok(()) } else { Err(Error::internal(format!("{path} is no path of the state folder"))) }
