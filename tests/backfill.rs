@@ -8,6 +8,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use millstream::stream::crash::{Of, points};
+
 use crate::case::{Case, Dice, send, services};
 
 const DAYS: u64 = 5;
@@ -293,14 +295,11 @@ async fn backfill_survives_kills() {
     let Some(mut lake) = Lake::new("backfill_survives_kills").await else { return };
     lake.stream();
     for sink in ["hours_table", "stacked_table", "plain_table"] {
-        for at in [
-            "backfill.before",
-            "backfill.after:2",
-            "delta.file.after:2",
-            "backfill.before:2",
-            "backfill.after",
-        ] {
-            let child = lake.start(sink, &["--force"], Some(("MILLSTREAM_CRASH_AT", at)));
+        let second = |point: &str| format!("{point}:2");
+        let own = || points(Of::Backfill).map(str::to_owned);
+        let steps = own().chain([second("delta.file.after")]).chain(own().map(|point| second(&point)));
+        for at in steps {
+            let child = lake.start(sink, &["--force"], Some(("MILLSTREAM_CRASH_AT", at.as_str())));
             let out = child.wait_with_output().unwrap();
             assert_eq!(
                 out.status.signal(),

@@ -6,6 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use millstream::stream::crash::{Of, points};
 use rdkafka::admin::{AdminClient, AdminOptions};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::ClientConfig;
@@ -17,6 +18,26 @@ use crate::crash::Crashes;
 /// Longest wait for a process to come to an end by itself.
 const PATIENCE: Duration = Duration::from_secs(120);
 const SIGABRT: i32 = 6;
+
+/// Where a bootstrap is killed, one after the other.
+const ON_THE_WAY: [&str; 7] = [
+    "claim.after",
+    "history.rows:2",
+    "manifest.after:2",
+    "history.rows:2",
+    "history.end",
+    "history.handoff",
+    "barrier.after:3",
+];
+/// Where one is killed that takes its own backup over.
+const TAKING_OVER: [&str; 4] = ["adopt.before", "adopt.after", "history.rows:3", "history.handoff"];
+
+#[test]
+fn a_bootstrap_is_killed_at_every_point_of_its_own() {
+    let killed =
+        |point: &str| ON_THE_WAY.iter().chain(&TAKING_OVER).any(|at| at.split(':').next() == Some(point));
+    assert_eq!(points(Of::History).find(|point| !killed(point)), None);
+}
 
 fn admin(case: &Case) -> AdminClient<DefaultClientContext> {
     ClientConfig::new().set("bootstrap.servers", &case.services.kafka).create().unwrap()
@@ -157,15 +178,7 @@ async fn kills_on_the_way_and_a_backup_that_lags_change_nothing() {
     expire(&crashes.case).await;
     let lagging = spawned(backup(&crashes.case, &["--checkpoint", "2s"]), "backup.log", &crashes.case);
     let mut in_history = 0;
-    let points = [
-        "claim.after",
-        "history.rows:2",
-        "manifest.after:2",
-        "history.rows:2",
-        "history.end",
-        "history.handoff",
-    ];
-    for at in points.into_iter().chain(["barrier.after:3"]) {
+    for at in ON_THE_WAY {
         crashes.produce(500).await;
         let parallelism = crashes.parallelism();
         let arguments = ["--checkpoint", "20ms", "--parallelism", &parallelism];
@@ -209,9 +222,7 @@ async fn a_lost_state_is_built_anew_while_its_backup_goes_on() {
         fs::remove_dir_all(format!("{}/{table}", crashes.case.lake)).unwrap();
     }
     let arguments = |parallelism| ["--checkpoint", "50ms", "--parallelism", parallelism];
-    for (at, parallelism) in
-        [("adopt.before", "2"), ("adopt.after", "1"), ("history.rows:3", "3"), ("history.handoff", "2")]
-    {
+    for (at, parallelism) in TAKING_OVER.into_iter().zip(["2", "1", "3", "2"]) {
         let command = crashes.case.command(&crashes.case.run_arguments(&arguments(parallelism)));
         crash_at(at, command, &crashes.case);
         crashes.produce(500).await;

@@ -16,7 +16,7 @@ use futures::TryStreamExt;
 use millstream::state::manifest::{FOLDERS, Manifest};
 use millstream::state::store::StateStore;
 use millstream::stream::clock::Clock;
-use millstream::stream::crash::POINTS;
+use millstream::stream::crash::{Of, points};
 use object_store::{ObjectStore, ObjectStoreExt};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::{ClientConfig, Message};
@@ -397,7 +397,7 @@ async fn matrix(name: &str, s3: bool) {
     let begun = Instant::now();
     let all = all();
     let steps =
-        POINTS.into_iter().enumerate().filter(|(at, _)| all || (at % 2 == 1) == s3).map(|(_, name)| name);
+        points(Of::Epoch).enumerate().filter(|(at, _)| all || (at % 2 == 1) == s3).map(|(_, name)| name);
     let mut cases = 0;
     for step in shuffled(steps, &mut crashes.dice) {
         // Before the tables are there nothing else may make them.

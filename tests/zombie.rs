@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
 use millstream::state::manifest::generation_of;
-use millstream::stream::crash::POINTS;
+use millstream::stream::crash::{Of, points};
 use object_store::ObjectStoreExt;
 
 use crate::crash::{Crashes, all, store};
@@ -183,7 +183,7 @@ async fn zombies(name: &str, s3: bool, steps: &[&str], anywhere: usize) {
 /// Every step after the claim; before it, a process that wakes up is no zombie but the newest claimant.
 fn all_steps() -> Option<Vec<&'static str>> {
     let first = |step: &&str| !step.starts_with("table") && *step != "claim.before";
-    all().then(|| POINTS.into_iter().filter(first).collect())
+    all().then(|| points(Of::Epoch).filter(first).collect())
 }
 
 #[tokio::test(flavor = "multi_thread")]

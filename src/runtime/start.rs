@@ -122,7 +122,8 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     for (node, store) in online {
         fenced.insert(node, claim_online(store, &plan.nodes[node].id, &manifest).await?);
     }
-    // Another process may have gone on since we looked, or added to a backup that is ours from the claim on.
+    // Another process may have gone on since we looked, or added to a backup that is ours from the claim on: what was
+    // decided before the claim, so that a gap refuses the start in time, is decided again.
     let known = latest.map(|latest| latest.sources).unwrap_or_default();
     let beginning = match known == manifest.sources && !continues {
         true => beginning,
@@ -149,7 +150,6 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     })
 }
 
-/// Says which look-up tables have other rows than in the run before.
 /// What the manifest is to say of a source that has an identity: it is the one that the state has read.
 async fn recognised(
     name: &str,
@@ -182,6 +182,7 @@ pub(super) fn another(source: &dyn SourceConnector, before: &str, now: &str) -> 
     Error::external(message).hint(hint).lasting()
 }
 
+/// Says which look-up tables have other rows than in the run before.
 fn say_changed(manifest: &Manifest, digests: &Digests) {
     for table in lookups::changed(&manifest.lookups, digests) {
         tracing::warn!(
@@ -191,12 +192,12 @@ fn say_changed(manifest: &Manifest, digests: &Digests) {
     }
 }
 
-/// Opens the source; a generator keeps the start of its first run, files their names.
 /// What killed processes left behind in a local folder.
 fn remove_unfinished(folder: &str) {
     files::remove_unfinished(folder, Clock.unix_millis());
 }
 
+/// Opens the source; a generator keeps the start of its first run, files their names.
 pub(super) async fn connector(
     source: &SourcePlan,
     #[cfg_attr(not(feature = "kafka"), expect(unused_variables, reason = "the name of a consumer group"))]

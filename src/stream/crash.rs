@@ -4,52 +4,69 @@
 //! third time. `MILLSTREAM_STOP_AT` stops it there (SIGSTOP), so that it goes on as a zombie when it is continued.
 //! `MILLSTREAM_DEAF_AT` makes a client that asks with [`deaf`] get nothing any more.
 
+/// What passes a point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Of {
+    /// Every start, or every epoch.
+    Epoch,
+    /// A start that reads history, beside them.
+    History,
+    /// A backfill, which passes those of the files that it writes, too.
+    Backfill,
+}
+
 /// Every point, in the order of an epoch. `.before` and `.after` enclose one step that the outside world can see.
-pub const POINTS: [&str; 34] = [
-    "claim.before",
-    "claim.after",
-    "table.before",
-    "table.after",
-    "replay.before",
-    "replay.after",
-    "redis.fence.before",
-    "redis.fence.after",
-    "redis.flush.before",
+pub const POINTS: [(&str, Of); 41] = [
+    ("claim.before", Of::Epoch),
+    ("claim.after", Of::Epoch),
+    ("table.before", Of::Epoch),
+    ("table.after", Of::Epoch),
+    ("replay.before", Of::Epoch),
+    ("replay.after", Of::Epoch),
+    ("redis.fence.before", Of::Epoch),
+    ("redis.fence.after", Of::Epoch),
+    ("redis.flush.before", Of::Epoch),
     // Between two script calls of one flush.
-    "redis.flush.between",
-    "redis.flush.after",
+    ("redis.flush.between", Of::Epoch),
+    ("redis.flush.after", Of::Epoch),
     // The cut is about to be sent; every report has come in.
-    "barrier.before",
-    "barrier.after",
-    "kafka.before",
-    "kafka.after",
-    "delta.file.before",
-    "delta.file.after",
-    "ndjson.file.before",
-    "ndjson.file.after",
-    "state.before",
-    "state.after",
-    "ledger.before",
-    "ledger.after",
-    "dead-letters.before",
-    "dead-letters.after",
-    "manifest.before",
-    "manifest.after",
-    "delta.commit.before",
-    "delta.commit.after",
+    ("barrier.before", Of::Epoch),
+    ("barrier.after", Of::Epoch),
+    ("kafka.before", Of::Epoch),
+    ("kafka.after", Of::Epoch),
+    ("delta.file.before", Of::Epoch),
+    ("delta.file.after", Of::Epoch),
+    ("ndjson.file.before", Of::Epoch),
+    ("ndjson.file.after", Of::Epoch),
+    ("state.before", Of::Epoch),
+    ("state.after", Of::Epoch),
+    ("ledger.before", Of::Epoch),
+    ("ledger.after", Of::Epoch),
+    ("dead-letters.before", Of::Epoch),
+    ("dead-letters.after", Of::Epoch),
+    ("manifest.before", Of::Epoch),
+    ("manifest.after", Of::Epoch),
+    ("delta.commit.before", Of::Epoch),
+    ("delta.commit.after", Of::Epoch),
     // A MERGE is committed, its staged files are still there.
-    "upsert.before",
-    "upsert.after",
-    "ndjson.rename.before",
-    "ndjson.rename.after",
-    "delete",
+    ("upsert.before", Of::Epoch),
+    ("upsert.after", Of::Epoch),
+    ("ndjson.rename.before", Of::Epoch),
+    ("ndjson.rename.after", Of::Epoch),
+    ("delete", Of::Epoch),
+    ("adopt.before", Of::History),
+    ("adopt.after", Of::History),
+    ("history.rows", Of::History),
+    ("history.end", Of::History),
+    ("history.handoff", Of::History),
+    ("backfill.before", Of::Backfill),
+    ("backfill.after", Of::Backfill),
 ];
 
-/// The points of a backfill, which no pipeline passes.
-pub const OF_BACKFILL: [&str; 2] = ["backfill.before", "backfill.after"];
-/// Points of a bootstrap from history, beside those of an epoch.
-pub const HISTORY_POINTS: [&str; 5] =
-    ["adopt.before", "adopt.after", "history.rows", "history.end", "history.handoff"];
+/// The points of one kind.
+pub fn points(of: Of) -> impl Iterator<Item = &'static str> {
+    POINTS.into_iter().filter(move |(_, kind)| *kind == of).map(|(name, _)| name)
+}
 
 #[cfg(debug_assertions)]
 mod wanted {
@@ -101,8 +118,7 @@ pub fn point(name: &'static str) {
     use std::sync::LazyLock;
     static CRASH: LazyLock<wanted::Wanted> = LazyLock::new(|| wanted::Wanted::of("MILLSTREAM_CRASH_AT"));
     static STOP: LazyLock<wanted::Wanted> = LazyLock::new(|| wanted::Wanted::of("MILLSTREAM_STOP_AT"));
-    let known = POINTS.contains(&name) || OF_BACKFILL.contains(&name) || HISTORY_POINTS.contains(&name);
-    debug_assert!(known, "{name} is not in the lists of points");
+    debug_assert!(POINTS.iter().any(|(known, _)| *known == name), "{name} is not in the list of points");
     if CRASH.reached(name) {
         abort();
     }
@@ -114,3 +130,33 @@ pub fn point(name: &'static str) {
 #[cfg(not(debug_assertions))]
 #[inline(always)]
 pub fn point(_: &'static str) {}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::*;
+
+    fn gather(folder: &Path, found: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                gather(&path, found);
+            } else if !path.ends_with("stream/crash.rs") {
+                let text = std::fs::read_to_string(&path).unwrap_or_default();
+                let calls = text.split("crash::point(\"").skip(1);
+                found.extend(calls.filter_map(|rest| rest.split('"').next()).map(str::to_owned));
+            }
+        }
+    }
+
+    #[test]
+    fn the_list_has_every_point_of_the_code_once() {
+        let mut found = BTreeSet::new();
+        gather(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+        let listed: BTreeSet<String> = POINTS.iter().map(|(name, _)| (*name).to_owned()).collect();
+        assert_eq!(found, listed);
+        assert_eq!(listed.len(), POINTS.len());
+    }
+}
