@@ -20,6 +20,7 @@ pub mod replay;
 mod stored;
 #[cfg(feature = "delta")]
 pub mod verify;
+mod window;
 
 use std::sync::Arc;
 

@@ -12,6 +12,7 @@ use tokio::sync::Mutex;
 use super::prepare::{Cut, Prepared, computed};
 use super::{Done, Event, Interval, Listener, Options, Status};
 use crate::batch::history;
+use crate::batch::window::with_windows;
 use crate::connectors::delta::PreparedFile;
 use crate::connectors::delta::replace::{Pinned, Replaced, Replacement};
 use crate::error::{Error, Result};
@@ -198,7 +199,7 @@ async fn rows(
     memory: Option<u64>,
 ) -> Result<DataFrame> {
     let (catalog, source) = (prepared.catalog, &prepared.source);
-    let session = batch_session_within(memory)?;
+    let session = with_windows(&batch_session_within(memory)?);
     let name = quoted(&source.name);
     let provider = match &cut.provider {
         Some(provider) => Arc::clone(provider),
