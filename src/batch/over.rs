@@ -83,6 +83,8 @@ mod tests {
             WITH (connector = 'kafka', bootstrap_servers = 'x:1', topic = 's', format = 'json');
         CREATE VIEW narrow AS SELECT at, k + 1 AS k, id AS number FROM s WHERE k < 9;
         CREATE VIEW plain AS SELECT number AS id, row_number() OVER (PARTITION BY k ORDER BY at) AS n FROM narrow;
+        CREATE VIEW mixed AS SELECT id, row_number() OVER w AS n, count(*) OVER w AS peers, max(id) OVER w AS most FROM s
+            WINDOW w AS (PARTITION BY k ORDER BY at);
         CREATE VIEW joined AS SELECT s.id, row_number() OVER (PARTITION BY s.k ORDER BY at) AS n
             FROM s LEFT JOIN (VALUES (1, 'a')) AS t (code, name) ON s.k = t.code;
         CREATE VIEW windows AS SELECT id, row_number() OVER (PARTITION BY k, window_start ORDER BY at) AS n
@@ -115,7 +117,7 @@ mod tests {
         let source = Arc::new(SourcePlan::new(&session, &catalog.sources[0]).unwrap());
         let input = input(&source, 600);
         let sources = BTreeMap::from([("s".to_owned(), source)]);
-        for view in ["plain", "joined", "windows"] {
+        for view in ["plain", "mixed", "joined", "windows"] {
             let relation = Relation::plan(&catalog, &sources, view).await.unwrap();
             let answer = relation.over("s", &input).await.unwrap();
             let mut found = 0;

@@ -60,7 +60,14 @@ fn ordered(window: Window) -> Result<Transformed<LogicalPlan>> {
         let name = expr.schema_name().to_string();
         Expr::Alias(Alias::new(Expr::WindowFunction(Box::new(function)), None::<&str>, name))
     };
-    let exprs = window.window_expr.iter().map(tie_broken).collect();
+    // All windows of one node are of one order, so those that keep theirs get a node of their own.
+    let (placed, others): (Vec<Expr>, Vec<Expr>) =
+        window.window_expr.iter().cloned().partition(|expr| placed(expr).is_some());
+    let input = match others.is_empty() {
+        true => input,
+        false => LogicalPlan::Window(Window::try_new(others, Arc::new(input))?),
+    };
+    let exprs = placed.iter().map(tie_broken).collect();
     let shown = window.schema.iter().map(|(qualifier, field)| Expr::from((qualifier, field))).collect();
     let window = LogicalPlan::Window(Window::try_new(exprs, Arc::new(input))?);
     Ok(Transformed::yes(LogicalPlan::Projection(Projection::try_new(shown, Arc::new(window))?)))
