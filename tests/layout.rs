@@ -12,7 +12,7 @@ const MAY_IMPORT: [(&str, &[&str]); 8] = [
     ("connectors", &["sql::options"]),
     ("plan", &["sql", "connectors", "operators"]),
     ("runtime", &["plan", "operators", "connectors", "state"]),
-    ("batch", &["plan", "sql", "connectors", "state"]),
+    ("batch", &["plan", "sql", "connectors", "operators", "state"]),
 ];
 
 fn files(folder: &Path, found: &mut Vec<PathBuf>) {

@@ -41,6 +41,7 @@ mod sandbox;
 mod secured;
 mod shipped;
 mod slt;
+mod snapshots;
 mod state_format;
 mod statements;
 mod status;

@@ -10,7 +10,7 @@ use clap::Args;
 
 use super::{Files, duration, load, output, pipeline_name};
 use crate::batch::Answer;
-use crate::batch::backfill::{self, Done, Event, Options, Outline};
+use crate::batch::backfill::{self, Done, Event, Options, Outline, Start};
 use crate::error::Result;
 use crate::sql::interval::display_micros;
 use crate::stream::Micros;
@@ -47,6 +47,10 @@ pub struct BackfillArgs {
     /// machine or the container allows.
     #[arg(long, value_name = "SIZE", value_parser = super::size)]
     memory: Option<u64>,
+    /// State snapshots of unbounded frames kept beside the table, from which later intervals start instead of reading all
+    /// history; 0: none is made or used.
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    snapshots: usize,
     /// Name of the pipeline; default: the folder or file stem.
     #[arg(long)]
     name: Option<String>,
@@ -87,6 +91,7 @@ pub async fn run(args: BackfillArgs) -> Result<ExitCode> {
         dry_run: args.dry_run,
         wait: args.wait,
         memory: args.memory.or_else(crate::runtime::memory::default_budget),
+        snapshots: args.snapshots,
     };
     let progress = Progress::new();
     let result =
@@ -185,9 +190,12 @@ impl Progress {
         let Some(rows) = done.rows_after.filter(|_| done.status == backfill::Status::Written) else { return };
         let through = all.iter().filter(|done| done.status == backfill::Status::Written).count() as u64;
         let left = self.intervals.load(Ordering::Relaxed).saturating_sub(through);
+        let read =
+            done.read.as_ref().map(|read| format!(", {} rows read: {}", read.rows, started(&read.start)));
+        let read = read.unwrap_or_default();
         let each = Clock.instant().duration_since(self.begun).as_secs_f64() / through as f64;
         eprintln!(
-            "interval {through} of {}, {} to {}: {rows} rows instead of {}; {} rows/s, ETA {:.0} s",
+            "interval {through} of {}, {} to {}: {rows} rows instead of {}{read}; {} rows/s, ETA {:.0} s",
             through + left,
             shown(done.interval.from),
             shown(done.interval.to),
@@ -210,9 +218,38 @@ fn outlined(outline: &Outline, todo: usize, dry_run: bool) {
     if let Some(clipped) = &outline.clipped {
         eprintln!("  ends at {} instead of {}: {}", shown(clipped.to), shown(clipped.asked), clipped.why);
     }
+    starts(outline, todo);
     let finished = outline.intervals.len() - todo;
     let would = if dry_run { "would be computed" } else { "to compute" };
     eprintln!("  {todo} intervals {would}, {finished} finished before");
+}
+
+/// From where the intervals are computed that do not go on from the one before.
+fn starts(outline: &Outline, todo: usize) {
+    let mut end = None;
+    let mut said = None;
+    for planned in outline.intervals.iter().filter(|planned| planned.finished.is_none()) {
+        let goes_on = matches!(&planned.start, Start::Snapshot { at, .. } if Some(*at) == end);
+        if !goes_on && planned.start != Start::Reach && said != Some(&planned.start) {
+            eprintln!("  {} on: {}", shown(planned.interval.from), started(&planned.start));
+            said = Some(&planned.start);
+        }
+        end = Some(planned.interval.to);
+    }
+    if outline.chained && todo > 1 {
+        eprintln!("  each interval goes on from the state at the end of the one before");
+    }
+}
+
+fn started(start: &Start) -> String {
+    match start {
+        Start::Reach => "reads what it looks back at".to_owned(),
+        Start::Snapshot { at, passed_over: None } => format!("starts from the snapshot of {}", shown(*at)),
+        Start::Snapshot { at, passed_over: Some(why) } => {
+            format!("starts from the snapshot of {} ({why})", shown(*at))
+        }
+        Start::History(why) => format!("reads all history: {why}"),
+    }
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ pub enum Of {
 }
 
 /// Every point, in the order of an epoch. `.before` and `.after` enclose one step that the outside world can see.
-pub const POINTS: [(&str, Of); 41] = [
+pub const POINTS: [(&str, Of); 43] = [
     ("claim.before", Of::Epoch),
     ("claim.after", Of::Epoch),
     ("table.before", Of::Epoch),
@@ -61,6 +61,8 @@ pub const POINTS: [(&str, Of); 41] = [
     ("history.handoff", Of::History),
     ("backfill.before", Of::Backfill),
     ("backfill.after", Of::Backfill),
+    ("snapshot.before", Of::Backfill),
+    ("snapshot.after", Of::Backfill),
 ];
 
 /// The points of one kind.

@@ -1,7 +1,9 @@
 //! One interval: its rows, batch by batch into files, and the commit.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use arrow::array::RecordBatch;
 use datafusion::dataframe::DataFrame;
 use datafusion::logical_expr::{Expr, cast, lit};
 use datafusion::prelude::ident;
@@ -10,11 +12,12 @@ use futures::StreamExt;
 use tokio::sync::Mutex;
 
 use super::prepare::{Cut, Prepared, computed};
-use super::{Done, Event, Interval, Listener, Options, Status};
+use super::resume::Passed;
+use super::{Done, Event, Interval, Listener, Method, Options, Read, Status};
 use crate::batch::history;
 use crate::batch::window::with_windows;
-use crate::connectors::delta::PreparedFile;
 use crate::connectors::delta::replace::{Pinned, Replaced, Replacement};
+use crate::connectors::delta::{DeltaWriter, PreparedFile};
 use crate::error::{Error, Result};
 use crate::plan::session::batch_session_within;
 use crate::plan::views::{ViewPlanner, quoted};
@@ -29,6 +32,9 @@ const ATTEMPTS: usize = 20;
 pub struct Job<'a> {
     prepared: &'a Prepared<'a>,
     cut: &'a Cut,
+    method: &'a Method<'a>,
+    /// Snapshots are of no use: the state is larger than the memory.
+    too_large: AtomicBool,
     /// The state that owned the table when it was planned.
     owner: Option<String>,
     /// The newest turn of the ledger then.
@@ -39,6 +45,28 @@ pub struct Job<'a> {
     commits: Mutex<()>,
     options: &'a Options,
     listener: Listener<'a>,
+}
+
+/// The rows of an interval on their way into files.
+pub struct Output<'a> {
+    writer: DeltaWriter,
+    listener: Listener<'a>,
+}
+
+impl Output<'_> {
+    pub async fn write(&mut self, rows: &RecordBatch) -> Result<()> {
+        self.writer.write(rows)?;
+        (self.listener)(Event::Rows(rows.num_rows() as u64));
+        match self.writer.wants_upload() {
+            true => self.writer.upload(0).await,
+            false => Ok(()),
+        }
+    }
+
+    /// The files, which no commit names yet.
+    async fn files(mut self) -> Result<Vec<PreparedFile>> {
+        self.writer.prepare(0)?.await
+    }
 }
 
 /// How an attempt to commit ended.
@@ -52,6 +80,7 @@ impl<'a> Job<'a> {
     pub fn new(
         prepared: &'a Prepared<'a>,
         cut: &'a Cut,
+        method: &'a Method<'a>,
         pinned: Option<&Pinned>,
         options: &'a Options,
         listener: Listener<'a>,
@@ -60,6 +89,8 @@ impl<'a> Job<'a> {
         Self {
             prepared,
             cut,
+            method,
+            too_large: AtomicBool::new(false),
             owner: pinned.and_then(|pinned| pinned.state_id.clone()),
             turn: turns.iter().map(|known| known.turn).max().unwrap_or(0),
             fingerprint: prepared.fingerprint(pinned),
@@ -86,12 +117,15 @@ impl<'a> Job<'a> {
 
     /// The rows do not depend on the table: after a conflict only the commit is made again.
     async fn by_version(&self, interval: Interval) -> Result<Done> {
-        let files = self.compute(self.cut, interval).await?;
+        let (files, read) = match self.resumed(interval).await? {
+            Some((files, read)) => (files, Some(read)),
+            None => (self.compute(self.cut, interval).await?, None),
+        };
         let _turn = self.commits.lock().await;
         for _ in 0..ATTEMPTS {
             let base = self.pin().await?;
             match self.commit(&base, self.cut, interval, &files).await? {
-                Outcome::Done(done) => return Ok(done),
+                Outcome::Done(done) => return Ok(Done { read, ..done }),
                 Outcome::Conflict(why) => (self.listener)(Event::Again(interval, &why)),
             }
         }
@@ -148,10 +182,15 @@ impl<'a> Job<'a> {
             (self.listener)(Event::Again(interval, "another backfill has just finished it"));
             table.discard(files).await;
             let rows = known.rows.and_then(|rows| u64::try_from(rows).ok());
-            let status = Status::Unchanged;
-            let done =
-                Done { interval, rows_before: rows, rows_after: rows, seconds: 0.0, version: None, status };
-            return Ok(Outcome::Done(done));
+            return Ok(Outcome::Done(Done {
+                interval,
+                rows_before: rows,
+                rows_after: rows,
+                seconds: 0.0,
+                version: None,
+                status: Status::Unchanged,
+                read: None,
+            }));
         }
         let wanted = Replacement {
             interval,
@@ -169,25 +208,62 @@ impl<'a> Job<'a> {
                 seconds: 0.0,
                 version: Some(version),
                 status: Status::Written,
+                read: None,
             }),
         })
     }
 
+    fn output(&self) -> Result<Output<'a>> {
+        Ok(Output { writer: self.prepared.table.writer()?, listener: self.listener })
+    }
+
+    /// Bytes for one interval.
+    fn memory(&self) -> Option<u64> {
+        let at_once = match self.method {
+            Method::Resume(_) => 1,
+            _ => self.options.parallel.max(1),
+        };
+        self.options.memory.map(|bytes| bytes / at_once as u64)
+    }
+
     /// Writes the rows of an interval into files that no commit names yet.
     async fn compute(&self, cut: &Cut, interval: Interval) -> Result<Vec<PreparedFile>> {
-        let memory = self.options.memory.map(|bytes| bytes / self.options.parallel.max(1) as u64);
-        let rows = rows(self.prepared, cut, interval, memory).await?;
+        let rows = rows(self.prepared, cut, interval, self.memory()).await?;
         let mut rows = rows.execute_stream().await?;
-        let mut writer = self.prepared.table.writer()?;
+        let mut out = self.output()?;
         while let Some(batch) = rows.next().await {
-            let batch = batch?;
-            writer.write(&batch)?;
-            (self.listener)(Event::Rows(batch.num_rows() as u64));
-            if writer.wants_upload() {
-                writer.upload(0).await?;
+            out.write(&batch?).await?;
+        }
+        out.files().await
+    }
+
+    /// The same from a state snapshot, and a new one; `None` where the sink has none.
+    async fn resumed(&self, interval: Interval) -> Result<Option<(Vec<PreparedFile>, Read)>> {
+        let (Method::Resume(resume), Some(provider)) = (self.method, &self.cut.provider) else {
+            return Ok(None);
+        };
+        if self.too_large.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let (start, from) = resume.begin(interval.from).await;
+        let mut out = self.output()?;
+        let passed = resume.compute(Arc::clone(provider), interval, from, self.memory(), &mut out).await?;
+        let files = out.files().await?;
+        match passed {
+            Passed::Done { read: rows, states } => {
+                if let Some(states) = states {
+                    resume.snapshots.write(interval.to, &states, resume.width()).await;
+                }
+                Ok(Some((files, Read { rows, start })))
+            }
+            Passed::TooLarge => {
+                self.prepared.table.discard(&files).await;
+                self.too_large.store(true, Ordering::Relaxed);
+                let why = "the state of its keys is larger than the memory; this and all that follows read all history";
+                (self.listener)(Event::Again(interval, why));
+                Ok(None)
             }
         }
-        writer.prepare(0)?.await
     }
 }
 
@@ -236,6 +312,6 @@ async fn rows(
     Ok(rows.filter(time.clone().gt_eq(at(interval.from)).and(time.lt(at(interval.to))))?)
 }
 
-fn at(time: Micros) -> Expr {
+pub(super) fn at(time: Micros) -> Expr {
     lit(ScalarValue::TimestampMicrosecond(Some(time), Some("UTC".into())))
 }

@@ -4,7 +4,7 @@
 //! start of the windows. An interval gets the rows of the sink's SQL over the backup whose time is in it. Late rows count:
 //! what the stream left out is in. Rows of an interval see rows before it as far back as the longest frame reaches; over
 //! stacked views these add up ([`Reach`]). That look-back decides which rows of the backup are read; an unbounded frame
-//! reads from the start.
+//! reads from the start, or from a snapshot of its state at the end of an earlier interval ([`snapshots`], [`resume`]).
 //!
 //! **One commit** replaces all rows of the interval ([`Replacer`]), whatever they were, and holds the ledger of it. An
 //! interval is finished when the ledger has it, computed by the same SQL, no later backfill by other SQL touched it, and
@@ -28,6 +28,8 @@
 
 mod compute;
 mod prepare;
+mod resume;
+mod snapshots;
 
 use std::time::Duration;
 
@@ -40,7 +42,9 @@ use crate::plan::reach::Reach;
 use crate::sql::Catalog;
 use crate::stream::Micros;
 use compute::Job;
-use prepare::Prepared;
+use prepare::{Cut, Prepared};
+use resume::Resume;
+use snapshots::Snapshots;
 
 /// Commits after which a table that no stream looks after gets a checkpoint of its log.
 const COMMITS_PER_CHECKPOINT: usize = 20;
@@ -60,6 +64,8 @@ pub struct Options {
     pub wait: Duration,
     /// Bytes beyond which sorts and aggregations spill, shared by the intervals computed at the same time.
     pub memory: Option<u64>,
+    /// State snapshots of unbounded frames that are kept; 0: none is made, none is used.
+    pub snapshots: usize,
 }
 
 /// What is about to be done.
@@ -76,6 +82,8 @@ pub struct Outline {
     pub clipped: Option<Clipped>,
     /// A stream writes the sink.
     pub streamed: bool,
+    /// Intervals are computed one after the other, each from the state at the end of the one before.
+    pub chained: bool,
     pub intervals: Vec<Planned>,
 }
 
@@ -91,8 +99,62 @@ pub struct Planned {
     pub interval: Interval,
     /// Rows of the source from this event time on are read; `None`: from the start.
     pub reads_from: Option<Micros>,
+    pub start: Start,
     /// What the ledger says, when there is nothing to do.
     pub finished: Option<Finished>,
+}
+
+/// From where an interval is computed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Start {
+    /// From where its look-back reaches.
+    Reach,
+    /// From the state at this time.
+    Snapshot {
+        at: Micros,
+        /// Why it is not a later one.
+        passed_over: Option<String>,
+    },
+    /// From the start of history, as there is no state to start from: why.
+    History(String),
+}
+
+/// What computes the rows.
+enum Method<'a> {
+    /// No frame is unbounded.
+    Reach,
+    Resume(Box<Resume<'a>>),
+    /// Each interval reads all history: why.
+    History(&'static str),
+}
+
+impl<'a> Method<'a> {
+    async fn of(prepared: &'a Prepared<'_>, cut: &Cut, keep: usize) -> Result<Self> {
+        if prepared.reach.ahead.is_some() {
+            return Ok(Self::Reach);
+        }
+        if keep == 0 {
+            return Ok(Self::History("no snapshot is wanted (--snapshots 0)"));
+        }
+        if cut.log().is_none() {
+            return Ok(Self::History("no snapshot is made: the backup has no versions"));
+        }
+        let shape = match prepared.shape() {
+            Ok(shape) => shape,
+            Err(why) => return Ok(Self::History(why)),
+        };
+        let snapshots = Snapshots::open(prepared, &shape, cut, keep).await?;
+        Ok(Self::Resume(Box::new(Resume { shape, snapshots })))
+    }
+
+    /// `soon`: the end of an interval that is computed before.
+    fn start(&self, from: Micros, soon: Option<Micros>) -> Start {
+        match self {
+            Self::Reach => Start::Reach,
+            Self::Resume(resume) => resume.snapshots.start(from, soon),
+            Self::History(why) => Start::History((*why).to_owned()),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +186,15 @@ pub struct Done {
     /// Of the table, with the rows in it.
     pub version: Option<u64>,
     pub status: Status,
+    /// What was read for it, where it is computed from states.
+    pub read: Option<Read>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Read {
+    /// Of the backup.
+    pub rows: u64,
+    pub start: Start,
 }
 
 impl Done {
@@ -132,7 +203,8 @@ impl Done {
         let rows = finished.and_then(|finished| finished.rows).and_then(|rows| u64::try_from(rows).ok());
         let status = if finished.is_some() { Status::Unchanged } else { Status::Planned };
         let interval = planned.interval;
-        Self { interval, rows_before: rows, rows_after: rows, seconds: 0.0, version: None, status }
+        let (rows_before, rows_after) = (rows, rows);
+        Self { interval, rows_before, rows_after, seconds: 0.0, version: None, status, read: None }
     }
 }
 
@@ -166,7 +238,8 @@ pub async fn run(
     let prepared = Prepared::new(catalog, name, sink).await?;
     let pinned: Option<Pinned> = prepared.table.pin().await?;
     let cut = prepared.cut(pinned.as_ref(), options.wait, listener).await?;
-    let outline = prepared.outline(pinned.as_ref(), &cut, options).await?;
+    let method = Method::of(&prepared, &cut, options.snapshots).await?;
+    let outline = prepared.outline(pinned.as_ref(), &cut, &method, options).await?;
     listener(Event::Outline(&outline));
     if options.dry_run {
         return Ok(outline.intervals.iter().map(Done::without_work).collect());
@@ -174,7 +247,7 @@ pub async fn run(
     if pinned.is_none() {
         prepared.table.create().await?;
     }
-    let job = Job::new(&prepared, &cut, pinned.as_ref(), options, listener);
+    let job = Job::new(&prepared, &cut, &method, pinned.as_ref(), options, listener);
     let each = |planned: Planned| {
         let job = &job;
         async move {
@@ -187,7 +260,8 @@ pub async fn run(
         }
     };
     let intervals = futures::stream::iter(outline.intervals.clone()).map(each);
-    let done: Vec<Done> = intervals.buffered(options.parallel.max(1)).try_collect().await?;
+    let at_once = if outline.chained { 1 } else { options.parallel.max(1) };
+    let done: Vec<Done> = intervals.buffered(at_once).try_collect().await?;
     let written = done.iter().filter(|done| done.status == Status::Written).count();
     // Where a stream writes, its upkeep sees to it.
     if written >= COMMITS_PER_CHECKPOINT

@@ -7,7 +7,7 @@ use std::time::Duration;
 use datafusion::catalog::TableProvider;
 use deltalake_core::logstore::LogStoreRef;
 
-use super::{Clipped, Event, Finished, Interval, Listener, Options, Outline, Planned};
+use super::{Clipped, Event, Finished, Interval, Listener, Method, Options, Outline, Planned};
 use crate::batch::history::{self, Backup, backup_of};
 use crate::connectors::delta::entries::{Added, added};
 use crate::connectors::delta::replace::{Pinned, Replacer, progress};
@@ -52,13 +52,22 @@ pub struct Cut {
     /// The source's rows; `None`: they are opened by each who reads them.
     pub provider: Option<Arc<dyn TableProvider>>,
     pub version: Option<u64>,
+    /// Of the backup, as Delta names it.
+    pub table_id: String,
     /// (topic, partition, next offset).
     pub offsets: Vec<(String, i32, i64)>,
     /// µs: the backup gets no row on time below it.
     complete_until: Option<Micros>,
     /// It has everything that the sink has read.
     covers: bool,
-    log: Option<LogStoreRef>,
+    log: Option<(String, LogStoreRef)>,
+}
+
+impl Cut {
+    /// Location and log of the backup, if it has versions.
+    pub fn log(&self) -> Option<(&str, &LogStoreRef)> {
+        self.log.as_ref().map(|(location, log)| (location.as_str(), log))
+    }
 }
 
 impl<'a> Prepared<'a> {
@@ -114,6 +123,16 @@ impl<'a> Prepared<'a> {
         })
     }
 
+    /// Of the sink's table.
+    pub fn location(&self) -> &str {
+        &self.location
+    }
+
+    /// Whether the backup is known to say which record a row comes from.
+    pub fn has_offsets(&self) -> bool {
+        self.written_by.as_ref().is_some_and(|(_, offsets)| *offsets)
+    }
+
     /// Whether the backup must be read exactly as far as the sink's commits are.
     pub fn by_offset(&self, pinned: Option<&Pinned>) -> bool {
         pinned.is_some_and(|pinned| pinned.state_id.is_some()) && !self.closes
@@ -140,6 +159,7 @@ impl<'a> Prepared<'a> {
             return Ok(Cut {
                 provider: None,
                 version: None,
+                table_id: String::new(),
                 offsets: read,
                 complete_until: None,
                 covers: true,
@@ -147,7 +167,7 @@ impl<'a> Prepared<'a> {
             });
         };
         let by_offset = self.by_offset(pinned);
-        if by_offset && !self.written_by.as_ref().is_some_and(|(_, offsets)| *offsets) {
+        if by_offset && !self.has_offsets() {
             let message = format!(
                 "sink {}: its stream appends late rows at any time, and the backup does not say which record a row comes from",
                 self.sink.name
@@ -184,16 +204,23 @@ impl<'a> Prepared<'a> {
         Ok(Cut {
             provider: Some(session.table_provider(quoted(&self.source.name)).await?),
             version: Some(backup.version),
+            table_id: backup.table_id,
             offsets,
             complete_until: backup.complete_until,
             covers,
-            log: Some(log),
+            log: Some((location.clone(), log)),
         })
     }
 
     /// # Errors
     /// User: nothing of it is final. External: a store failed.
-    pub async fn outline(&self, pinned: Option<&Pinned>, cut: &Cut, options: &Options) -> Result<Outline> {
+    pub async fn outline(
+        &self,
+        pinned: Option<&Pinned>,
+        cut: &Cut,
+        method: &Method<'_>,
+        options: &Options,
+    ) -> Result<Outline> {
         let (asked, from) = (options.to, options.from);
         if asked <= from {
             let message = format!("--to {} is not after --from {}", time_text(asked), time_text(from));
@@ -219,10 +246,11 @@ impl<'a> Prepared<'a> {
             true => vec![None; all.len()],
             false => self.finished(pinned, cut, &all).await?,
         };
-        let planned = |(interval, finished): (Interval, Option<Finished>)| Planned {
-            interval,
-            reads_from: self.reads(interval).0,
-            finished,
+        let mut soon = None;
+        let planned = |(interval, finished): (Interval, Option<Finished>)| {
+            let start = method.start(interval.from, soon);
+            soon = if finished.is_none() { Some(interval.to) } else { soon };
+            Planned { interval, reads_from: self.reads(interval).0, start, finished }
         };
         Ok(Outline {
             sink: self.sink.name.clone(),
@@ -232,6 +260,7 @@ impl<'a> Prepared<'a> {
             reach: self.reach,
             clipped,
             streamed: pinned.is_some_and(|pinned| pinned.state_id.is_some()),
+            chained: matches!(method, Method::Resume(_)),
             intervals: all.into_iter().zip(finished).map(planned).collect(),
         })
     }
@@ -265,9 +294,7 @@ impl<'a> Prepared<'a> {
         intervals: &[Interval],
     ) -> Result<Vec<Option<Finished>>> {
         let none = || Ok(vec![None; intervals.len()]);
-        let (Some(pinned), Some(log), Some(version), Backup::Delta(location)) =
-            (pinned, &cut.log, cut.version, &self.backup)
-        else {
+        let (Some(pinned), Some((location, log)), Some(version)) = (pinned, cut.log(), cut.version) else {
             return none();
         };
         let (ledger, fingerprint) = (pinned.ledger(), self.fingerprint(Some(pinned)));

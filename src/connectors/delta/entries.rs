@@ -60,8 +60,16 @@ pub(super) struct AddLine {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct RemoveLine {
     pub path: String,
+    #[serde(default = "changes_data")]
+    data_change: bool,
+}
+
+/// What a `remove` action means that does not say so.
+fn changes_data() -> bool {
+    true
 }
 
 #[derive(Deserialize)]
@@ -185,13 +193,42 @@ pub async fn added(
     until: u64,
     time: &str,
 ) -> Result<Option<Vec<Added>>> {
+    Ok(changed(location, log, after, until, time).await?.map(|changes| changes.added))
+}
+
+/// What became of a table's rows between two versions, rewrites left out.
+#[derive(Debug, Default)]
+pub struct Changes {
+    pub added: Vec<Added>,
+    /// Versions that took rows away: which ones, the log does not say.
+    pub removed: Vec<u64>,
+}
+
+/// As [`added`], with what was removed.
+///
+/// # Errors
+/// External: the store failed, or an entry is damaged.
+pub async fn changed(
+    location: &str,
+    log: &LogStoreRef,
+    after: u64,
+    until: u64,
+    time: &str,
+) -> Result<Option<Changes>> {
     let each = |version: u64| async move { Ok::<_, Error>((version, entry(location, log, version).await?)) };
     let mut entries = futures::stream::iter(after + 1..=until).map(each).buffered(READS);
-    let mut found = Vec::new();
+    let mut found = Changes::default();
     while let Some((version, entry)) = entries.try_next().await? {
         let Some(entry) = entry else { return Ok(None) };
-        let adds = lines(&entry)?.into_iter().filter_map(|line| line.add).filter(|add| add.data_change);
-        found.extend(adds.map(|add| Added { version, range: extent(add.stats.as_deref(), time).range }));
+        for line in lines(&entry)? {
+            if let Some(add) = line.add.filter(|add| add.data_change) {
+                let range = extent(add.stats.as_deref(), time).range;
+                found.added.push(Added { version, range });
+            }
+            if line.remove.is_some_and(|remove| remove.data_change) {
+                found.removed.push(version);
+            }
+        }
     }
     Ok(Some(found))
 }

@@ -194,6 +194,8 @@ fn offsets(txns: &BTreeMap<String, Txn>, prefix: &str) -> Vec<(String, i32, i64)
 #[derive(Debug, Clone, Default)]
 pub struct Progress {
     pub version: u64,
+    /// A table that is made anew has another one.
+    pub table_id: String,
     pub complete_until: Option<Micros>,
     pub offsets: Vec<(String, i32, i64)>,
 }
@@ -206,8 +208,10 @@ pub async fn progress(location: &str, sink: &str) -> Result<Option<(Progress, Lo
     let Some((table, txns)) = look(location).await? else { return Ok(None) };
     let app = stream_of(&txns, sink);
     let of = |app: &String| offsets(&txns, &format!("{app}/offset/"));
+    let snapshot = table.snapshot().map_err(|error| failed(location, error))?;
     let found = Progress {
-        version: table.version().unwrap_or_default(),
+        version: snapshot.version(),
+        table_id: snapshot.metadata().id().to_owned(),
         complete_until: app
             .as_ref()
             .and_then(|app| txns.get(&format!("{app}/complete_until")))

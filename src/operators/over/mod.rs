@@ -38,7 +38,7 @@ use crate::state::keys::{KeyIndex, hash_keys};
 use crate::stream::{ChangeBatch, Micros, START_OF_TIME};
 use agenda::Agenda;
 use aggregate::Value;
-use cells::Call;
+use cells::{Call, Cell};
 use cursors::Cursors;
 use rows::{Argument, Chunks, Entry, KeyRows};
 
@@ -182,6 +182,19 @@ impl Over {
     /// Batches held for frames and pending rows.
     pub fn chunks(&self) -> usize {
         self.chunks.len()
+    }
+
+    /// Bytes held, about: what is as wide as a text is not looked at.
+    pub fn size(&self) -> u64 {
+        let calls = self.calls.len() * size_of::<Cell>() * (1 + usize::from(self.spec.want_latest));
+        let key = size_of::<Key>() + calls + self.sliding.len() * size_of::<usize>();
+        let row = size_of::<Entry>() + self.arguments.len() * size_of::<Value>();
+        (self.index.size() + self.keys.len() * key + self.chunks.live() * row) as u64
+    }
+
+    /// Whether the rows that become final from now on are wanted: else they only count for those behind them.
+    pub fn emit_final(&mut self, wanted: bool) {
+        self.spec.want_final = wanted;
     }
 
     /// Rows below the watermark that were pushed all the same, and ignored: the source decides lateness, so any is a

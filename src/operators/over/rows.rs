@@ -204,6 +204,11 @@ impl Chunks {
         self.chunks.len() - self.free.len()
     }
 
+    /// Rows that are pending or that frames may still need.
+    pub fn live(&self) -> usize {
+        self.chunks.iter().flatten().map(|chunk| chunk.live).sum()
+    }
+
     /// The input rows of the entries, in their order.
     pub fn rows(&self, schema: &SchemaRef, entries: &[Entry]) -> Result<ChangeBatch> {
         let mut batches: Vec<&RecordBatch> = Vec::new();

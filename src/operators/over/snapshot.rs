@@ -62,6 +62,11 @@ impl Over {
         self.dirty = (0..self.keys.len() as u32).collect();
     }
 
+    /// The next snapshot leaves out the rows pushed so far: they can be read again elsewhere.
+    pub fn forget_input(&mut self) {
+        self.fresh.clear();
+    }
+
     /// Key columns of a segment, for key groups: of rows by the spec, of keys the leading ones.
     pub fn key_columns(&self, batch: &RecordBatch, of_rows: bool) -> Vec<ArrayRef> {
         let pick = |at: usize| Arc::clone(batch.column(at));
@@ -78,23 +83,30 @@ impl Over {
     /// # Errors
     /// External: segments of another shape.
     pub fn restore(&mut self, rows: &[RecordBatch], keys: &[RecordBatch], watermark: Micros) -> Result<()> {
-        debug_assert!(self.keys.is_empty(), "restore comes first");
-        self.watermark = watermark;
-        for batch in keys {
-            self.restore_keys(batch)?;
-        }
+        self.restore_keys(keys, watermark)?;
         for batch in rows {
-            self.restore_rows(batch)?;
+            self.refill(&without_origin(batch, &self.spec.input)?)?;
         }
         self.rebuild();
         Ok(())
+    }
+
+    /// The first part of [`Over::restore`]: key segments in epoch order, and the watermark at the last snapshot. The rows
+    /// that frames still need follow ([`Over::refill`]), then [`Over::rebuild`].
+    ///
+    /// # Errors
+    /// External: segments of another shape.
+    pub fn restore_keys(&mut self, keys: &[RecordBatch], watermark: Micros) -> Result<()> {
+        debug_assert!(self.keys.is_empty(), "restore comes first");
+        self.watermark = watermark;
+        keys.iter().try_for_each(|batch| self.restore_segment(batch))
     }
 
     fn unbounded(&self) -> Vec<usize> {
         (0..self.calls.len()).filter(|at| self.calls[*at].frame == Frame::Unbounded).collect()
     }
 
-    fn restore_keys(&mut self, batch: &RecordBatch) -> Result<()> {
+    fn restore_segment(&mut self, batch: &RecordBatch) -> Result<()> {
         let unbounded = self.unbounded();
         let width = self.spec.partition_by.len();
         let state = state_fields(0).len();
@@ -121,9 +133,11 @@ impl Over {
         Ok(())
     }
 
-    /// Enters the rows that are pending or still in a frame, without touching any cell.
-    fn restore_rows(&mut self, batch: &RecordBatch) -> Result<()> {
-        let batch = without_origin(batch, &self.spec.input)?;
+    /// Enters the rows that are pending or still in a frame, without touching any cell; others are passed over.
+    ///
+    /// # Errors
+    /// Internal only.
+    pub fn refill(&mut self, batch: &ChangeBatch) -> Result<()> {
         let arguments = self.enter(&batch.rows)?;
         let oldest = if self.sliding.is_empty() { self.watermark } else { self.horizon() };
         let live = batch.origin.time.values().iter().filter(|time| **time >= oldest).count();
@@ -149,7 +163,7 @@ impl Over {
     }
 
     /// Recomputes what follows from rows and watermark: final counts, frames, queues, the latest cursors.
-    fn rebuild(&mut self) {
+    pub fn rebuild(&mut self) {
         let (calls, sliding, chunks) = (&self.calls, &self.sliding, &self.chunks);
         for (slot, key) in self.keys.iter_mut().enumerate() {
             let slot = slot as u32;

@@ -13,7 +13,7 @@ use datafusion::prelude::SessionContext;
 use super::super::group::Closing;
 use super::{Frame, Function, Over, OverSpec, WindowCall};
 use crate::stream::dice::Dice;
-use crate::stream::{ChangeBatch, END_OF_TIME, Origin, timestamp_type};
+use crate::stream::{ChangeBatch, END_OF_TIME, Origin, START_OF_TIME, timestamp_type};
 
 #[derive(Debug, Clone)]
 struct Row {
@@ -305,4 +305,71 @@ fn memory_of_rows_that_no_frame_needs_is_freed() {
     assert!(most <= 8, "{most} batches of about 1,450 µs were held for a frame of 1,000 µs");
     over.advance(END_OF_TIME).unwrap();
     assert_eq!(over.chunks(), 0);
+}
+
+/// As a backfill goes on: of an earlier time only the states of keys are kept, the rows of bounded frames come again, and
+/// rows count from there on but are wanted later.
+async fn resumed_case(seed: u64) {
+    let mut dice = Dice(seed.wrapping_mul(0xD1B5_4A32_D192_ED03));
+    let count = 50 + dice.roll(150) as usize;
+    let mut rows = arrivals(&mut dice, count, 300);
+    rows.sort_by_key(|row| (row.time, row.place, row.id));
+    let windowed = dice.chance(30);
+    let (calls, sql) = random_calls(&mut dice, if windowed { "k, w" } else { "k" });
+    let longest = calls.iter().map(|call| match call.frame {
+        Frame::Preceding { micros } => micros,
+        Frame::Unbounded => 0,
+    });
+    let longest = longest.max().unwrap();
+    let spec = OverSpec {
+        input: schema(),
+        partition_by: if windowed { vec![1, 7] } else { vec![1] },
+        calls,
+        closing: windowed.then_some(Closing { key: 1, bound: WINDOW }),
+        want_final: true,
+        want_latest: false,
+    };
+    let within = |from: i64, to: i64| -> Vec<Row> {
+        rows.iter().filter(|row| (from..to).contains(&row.time)).cloned().collect()
+    };
+    let answer = oracle(&rows, &sql).await;
+    let mut states: Vec<(i64, Vec<RecordBatch>)> = vec![(START_OF_TIME, Vec::new())];
+    let (mut found, mut from) = (BTreeMap::new(), START_OF_TIME);
+    while from < END_OF_TIME {
+        let until = rows.get(dice.roll(rows.len() as u64) as usize).map_or(0, |row| row.time);
+        let until = if until > from { until } else { END_OF_TIME };
+        let (start, keys) = &states[dice.roll(states.len() as u64) as usize];
+        let mut over = Over::new(spec.clone()).unwrap();
+        over.restore_keys(keys, *start).unwrap();
+        for part in within(start.saturating_sub(longest), *start).chunks(1 + dice.roll(20) as usize) {
+            over.refill(&batch(part)).unwrap();
+        }
+        over.rebuild();
+        let mut out = Vec::new();
+        over.emit_final(false);
+        for (from, until, wanted) in [(*start, from, false), (from, until, true)] {
+            over.emit_final(wanted);
+            for part in within(from, until).chunks(1 + dice.roll(20) as usize) {
+                over.push(&batch(part)).unwrap();
+                over.forget_input();
+                out.extend(over.advance(part.last().unwrap().time).unwrap());
+            }
+            out.extend(over.advance(until).unwrap());
+        }
+        found.extend(out.iter().flat_map(|batch| results(&batch.rows, schema().fields().len())));
+        over.mark_all_dirty();
+        let snapshot = over.snapshot().unwrap();
+        assert!(snapshot.rows.is_none(), "seed {seed}: input was forgotten");
+        states.push((until, snapshot.keys.into_iter().collect()));
+        from = until;
+    }
+    assert_eq!(found, answer, "seed {seed}: {sql}");
+}
+
+#[tokio::test]
+async fn a_state_of_keys_alone_goes_on() {
+    let cases = std::env::var("MILLSTREAM_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(64);
+    for seed in 1..=cases {
+        resumed_case(seed).await;
+    }
 }
