@@ -95,7 +95,7 @@ mod tests {
                     list.push(entry);
                 }
                 if random(50) == 0 {
-                    let odd = |slot: u32| (slot % 7 != 0).then_some(slot / 2);
+                    let odd = |slot: u32| (!slot.is_multiple_of(7)).then_some(slot / 2);
                     agenda.renumber(odd);
                     list =
                         list.iter().filter_map(|(time, slot)| odd(*slot).map(|slot| (*time, slot))).collect();
