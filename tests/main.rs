@@ -36,6 +36,7 @@ mod pipeline;
 mod queries;
 mod random;
 mod readme;
+mod redis_cluster;
 mod redis_faults;
 mod sandbox;
 mod secured;

@@ -401,7 +401,7 @@ const URL: OptionDoc = option(
     "URL",
     REQUIRED,
     "redis://localhost:6379",
-    "redis://user:password@host:port/database; rediss:// with TLS. No node of a Redis Cluster.",
+    "redis://user:password@host:port/database; rediss:// with TLS. Of a Redis Cluster any node.",
 );
 const USER: OptionDoc = option("user", "text", "of the URL", "features", "Who logs in.");
 const PASSWORD: OptionDoc = option(

@@ -257,9 +257,7 @@ async fn online_stores(
         let store: Arc<dyn OnlineStore> = match store {
             #[cfg(feature = "redis")]
             OnlineKind::Redis(config) => {
-                let store =
-                    crate::connectors::redis::RedisStore::connect(config, name, &sink.name, &sink.schema);
-                Arc::new(store.await?)
+                crate::connectors::redis::connect(config, name, &sink.name, &sink.schema).await?
             }
             OnlineKind::Held(store) => Arc::clone(store) as Arc<dyn OnlineStore>,
             OnlineKind::Memory => Arc::new(MemoryStore::new(Arc::clone(&sink.schema), sink.key.clone())?),

@@ -14,6 +14,7 @@
 //! A batch is first written column by column into byte buffers that are used again, then row by row into the call.
 
 use std::io::Write;
+use std::ops::Range;
 
 use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch};
 use arrow::buffer::NullBuffer;
@@ -28,6 +29,7 @@ use serde_json::ser::{CompactFormatter, Formatter};
 
 use super::KEY_SEPARATOR;
 use super::script;
+use super::slots::slot_of;
 use crate::error::{Error, Result};
 use crate::stream::{Positions, civil};
 
@@ -292,18 +294,29 @@ pub(super) struct Layout {
     /// Column names as they follow the header in `ARGV`.
     pub fields: Vec<u8>,
     pub field_count: usize,
-    /// The bookkeeping hash.
-    pub book: Vec<u8>,
 }
 
-/// What one script call writes.
+/// What one script call writes, of what the encoder was filled with.
 pub(super) struct Call<'a> {
+    /// The bookkeeping hash.
+    pub book: &'a [u8],
     /// Fence, flush field, own number, predecessor's number or nothing, number of the last acknowledged call or nothing.
     pub guard: [&'a [u8]; 5],
-    pub rows: RecordBatch,
-    pub expire_at_ms: Option<Int64Array>,
-    pub deletes: Option<RecordBatch>,
+    /// Among the rows with a key.
+    pub rows: Range<usize>,
+    /// Among the deletes with a key.
+    pub deletes: Range<usize>,
+    /// By row of the batch.
+    pub expire_at_ms: Option<&'a Int64Array>,
     pub consumed: &'a Positions,
+}
+
+/// Rows and deletes of one slot that one call takes.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub slot: u16,
+    pub rows: Range<usize>,
+    pub deletes: Range<usize>,
 }
 
 /// Buffers for encoding, used again from call to call.
@@ -312,40 +325,90 @@ pub(super) struct Encoder {
     columns: Vec<TextColumn>,
     delete_keys: Vec<TextColumn>,
     scratch: Vec<u8>,
-    /// The rows of the call that have a key.
+    nullable: bool,
+    /// The rows that have a key.
     rows: Vec<usize>,
     deletes: Vec<usize>,
+    /// Slot and row, for sorting.
+    placed: Vec<(u16, usize)>,
 }
 
 impl Encoder {
-    /// Appends the call to `out` in the layout that [`script::WRITE`] expects. Rows and deletes with a NULL key are
-    /// left out; returns the indexes of those rows.
-    pub(super) fn call(&mut self, out: &mut Vec<u8>, layout: &Layout, call: &Call<'_>) -> Result<Vec<usize>> {
+    /// Takes in what calls write next. Rows and deletes with a NULL key are left out.
+    pub(super) fn fill(
+        &mut self,
+        layout: &Layout,
+        rows: &RecordBatch,
+        deletes: Option<&RecordBatch>,
+    ) -> Result<()> {
         self.columns.resize_with(layout.field_count, TextColumn::default);
-        for (text, array) in self.columns.iter_mut().zip(call.rows.columns()) {
+        for (text, array) in self.columns.iter_mut().zip(rows.columns()) {
             text.fill(array)?;
         }
-        let skipped = null_keys(&call.rows, &layout.key_columns);
+        self.nullable = self.columns.iter().any(|column| column.nulls.is_some());
+        let skipped = null_keys(rows, &layout.key_columns);
         self.rows.clear();
-        self.rows.extend((0..call.rows.num_rows()).filter(|row| skipped.binary_search(row).is_err()));
-        self.fill_deletes(layout, call.deletes.as_ref())?;
-        let nullable = self.columns.iter().any(|column| column.nulls.is_some());
-        let per_row = layout.field_count + usize::from(call.expire_at_ms.is_some()) + usize::from(nullable);
+        self.rows.extend((0..rows.num_rows()).filter(|row| skipped.binary_search(row).is_err()));
+        self.fill_deletes(layout, deletes)
+    }
+
+    /// Forgets what it was filled with.
+    pub(super) fn empty(&mut self) {
+        self.nullable = false;
+        self.rows.clear();
+        self.deletes.clear();
+    }
+
+    /// Rows and deletes that have a key.
+    pub(super) fn all(&self) -> (Range<usize>, Range<usize>) {
+        (0..self.rows.len(), 0..self.deletes.len())
+    }
+
+    /// Puts the rows and deletes of a slot side by side; at most `most` keys for one call.
+    pub(super) fn by_slot(&mut self, layout: &Layout, most: usize) -> Vec<Group> {
+        let keys = &layout.key_columns;
+        self.placed.clear();
+        for &row in &self.rows {
+            let parts = keys.iter().map(|&column| self.columns[column].cell(row));
+            key(&mut self.scratch, &layout.prefix, parts);
+            self.placed.push((slot_of(&self.scratch), row));
+        }
+        let mut groups = Vec::new();
+        sorted(&mut self.placed, &mut self.rows, most, |slot, rows| {
+            groups.push(Group { slot, rows, deletes: 0..0 });
+        });
+        self.placed.clear();
+        for &row in &self.deletes {
+            key(&mut self.scratch, &layout.prefix, self.delete_keys.iter().map(|column| column.cell(row)));
+            self.placed.push((slot_of(&self.scratch), row));
+        }
+        sorted(&mut self.placed, &mut self.deletes, most, |slot, deletes| {
+            groups.push(Group { slot, rows: 0..0, deletes });
+        });
+        // Calls of one slot follow each other.
+        groups.sort_by_key(|group| group.slot);
+        groups
+    }
+
+    /// Appends a call to `out` in the layout that [`script::WRITE`] expects.
+    pub(super) fn call(&mut self, out: &mut Vec<u8>, layout: &Layout, call: &Call<'_>) {
+        let per_row =
+            layout.field_count + usize::from(call.expire_at_ms.is_some()) + usize::from(self.nullable);
         let offsets = call.consumed.iter().count();
-        let keys = 1 + self.rows.len() + self.deletes.len();
-        let values = script::HEADER + layout.field_count + self.rows.len() * per_row + 2 * offsets;
+        let keys = 1 + call.rows.len() + call.deletes.len();
+        let values = script::HEADER + layout.field_count + call.rows.len() * per_row + 2 * offsets;
         array_header(out, 3 + keys + values);
         bulk(out, b"EVALSHA");
         bulk(out, script::write_hash().as_bytes());
         self.number(out, keys);
-        self.keys(out, layout);
+        self.keys(out, layout, call);
         call.guard.iter().for_each(|part| bulk(out, part));
         for number in [
             layout.field_count,
-            self.rows.len(),
-            self.deletes.len(),
+            call.rows.len(),
+            call.deletes.len(),
             usize::from(call.expire_at_ms.is_some()),
-            usize::from(nullable),
+            usize::from(self.nullable),
             offsets,
         ] {
             self.number(out, number);
@@ -355,8 +418,7 @@ impl Encoder {
             bulk(out, script::offset_field(place).as_bytes());
             bulk(out, script::offset_text(offset).as_bytes());
         }
-        self.values(out, call.expire_at_ms.as_ref(), nullable);
-        Ok(skipped)
+        self.values(out, call);
     }
 
     fn fill_deletes(&mut self, layout: &Layout, deletes: Option<&RecordBatch>) -> Result<()> {
@@ -372,29 +434,29 @@ impl Encoder {
         Ok(())
     }
 
-    fn keys(&mut self, out: &mut Vec<u8>, layout: &Layout) {
-        bulk(out, &layout.book);
-        for &row in &self.rows {
+    fn keys(&mut self, out: &mut Vec<u8>, layout: &Layout, call: &Call<'_>) {
+        bulk(out, call.book);
+        for &row in &self.rows[call.rows.clone()] {
             let parts = layout.key_columns.iter().map(|&column| self.columns[column].cell(row));
             key(&mut self.scratch, &layout.prefix, parts);
             bulk(out, &self.scratch);
         }
-        for &row in &self.deletes {
+        for &row in &self.deletes[call.deletes.clone()] {
             key(&mut self.scratch, &layout.prefix, self.delete_keys.iter().map(|column| column.cell(row)));
             bulk(out, &self.scratch);
         }
     }
 
-    fn values(&mut self, out: &mut Vec<u8>, expire_at_ms: Option<&Int64Array>, nullable: bool) {
-        for &row in &self.rows {
-            if let Some(expiry) = expire_at_ms {
+    fn values(&mut self, out: &mut Vec<u8>, call: &Call<'_>) {
+        for &row in &self.rows[call.rows.clone()] {
+            if let Some(expiry) = call.expire_at_ms {
                 self.scratch.clear();
                 if expiry.is_valid(row) {
                     infallible(CompactFormatter.write_i64(&mut self.scratch, expiry.value(row)));
                 }
                 bulk(out, &self.scratch);
             }
-            if nullable {
+            if self.nullable {
                 self.scratch.clear();
                 if self.columns.iter().any(|column| column.is_null(row)) {
                     self.scratch
@@ -412,6 +474,26 @@ impl Encoder {
         self.scratch.clear();
         infallible(CompactFormatter.write_u64(&mut self.scratch, number as u64));
         bulk(out, &self.scratch);
+    }
+}
+
+/// Sorts rows by slot and tells the ranges of at most `most` that share one.
+fn sorted(
+    placed: &mut [(u16, usize)],
+    rows: &mut [usize],
+    most: usize,
+    mut group: impl FnMut(u16, Range<usize>),
+) {
+    placed.sort_unstable();
+    for (row, (_, placed)) in rows.iter_mut().zip(placed.iter()) {
+        *row = *placed;
+    }
+    let mut from = 0;
+    for same in placed.chunk_by(|one, other| one.0 == other.0) {
+        for part in same.chunks(most) {
+            group(part[0].0, from..from + part.len());
+            from += part.len();
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 //! | OOM, MISCONF, NOREPLICAS, too many clients | somebody makes room, or the server does | later |
 //! | NOPERM, NOAUTH, WRONGPASS, DENIED | the user may not | stop |
 //! | WRONGTYPE | another program's keys lie under the prefix | stop |
-//! | MOVED, ASK, CROSSSLOT | a Redis Cluster | stop |
+//! | MOVED, ASK, CROSSSLOT | a server that has become a node of a cluster ([`super::cluster`] heeds them before) | stop |
 //! | unknown command | a server that cannot do it | stop |
 //! | anything else | not known | later |
 //!
@@ -24,7 +24,7 @@ pub(super) enum Fault {
     Denied,
     /// A key holds something else than a hash.
     WrongType,
-    /// The server is a node of a cluster.
+    /// The server has become a node of a cluster.
     Cluster,
     /// The server does not know a command.
     Unfit,

@@ -27,24 +27,25 @@
 //!
 //! # Rights
 //! A sink sends HELLO, PING, SCRIPT LOAD, EVAL, EVALSHA and HGETALL, its scripts HGET, HSET, HDEL, PEXPIREAT, PERSIST and DEL, for
-//! keys of its prefix and the bookkeeping `millstream:{*}`; reading a sink back sends PING, SCAN and HMGET. What the user
+//! keys of its prefix and the bookkeeping `millstream:{*}`; reading a sink back sends PING, SCAN and HMGET; in a cluster both
+//! send CLUSTER SLOTS and ASKING. What the user
 //! may not do is an error at the start, as far as the server tells (Redis 7), and ends the pipeline at run time.
 //!
-//! # Not yet
-//! Redis Cluster; a node of one is refused when a connection is made, as a scan would miss rows. What it takes: a script may
-//! touch one slot only, so rows are grouped by slot, and each of the 16,384 slots has a bookkeeping hash of its own (a tag
-//! that hashes to it) with fence and flush numbers; the fence is raised in every slot before offsets are read. These lie in
-//! one slot, and as nodes know no order among them, they are raised and acknowledged before a flush writes its rows. A
-//! replica that is promoted lacks what was acknowledged last, also in slots that nobody writes any more: after a change of
-//! a slot's node the numbers of all its slots are compared, not those of the next flush alone. MOVED changes the map of
-//! slots, ASK and TRYAGAIN wait for the end of a migration.
+//! # Cluster
+//! What `HELLO` calls a node of a Redis Cluster is one: keys keep their names, and bookkeeping is per slot. See
+//! [`cluster_store`] for what holds there and why, [`cluster`] for how commands find their nodes. The connections are
+//! those of a single server, as a batch of calls goes from Arrow to the wire without the driver; beside them a cluster
+//! takes a map of slots and two error answers, which is less than another driver with values of its own.
 
+mod cluster;
+mod cluster_store;
 pub mod encode;
 #[cfg(test)]
 mod encode_tests;
 mod fault;
 pub mod scan;
 mod script;
+mod slots;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -52,15 +53,19 @@ mod tls;
 mod wire;
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::datatypes::Schema;
+use arrow::datatypes::{Schema, SchemaRef};
 use redis::IntoConnectionInfo;
 
+use crate::connectors::OnlineStore;
 use crate::error::{Error, Result};
 use crate::sql::options::{Guarded, Options, nearest};
 
-pub use store::RedisStore;
+use cluster_store::ClusterStore;
+use encode::{Layout, bulk};
+use store::{Pool, RedisStore};
 use wire::Address;
 
 /// Between the parts of a composite key.
@@ -247,6 +252,22 @@ impl RedisConfig {
         })
     }
 
+    /// The same at another address: a node of a cluster.
+    ///
+    /// # Errors
+    /// A user error for a url of which only the password could be kept.
+    pub(crate) fn at(&self, host: &str, port: u16) -> Result<Self> {
+        let odd = || {
+            Error::user(format!("the url {} does not lead to the nodes of a Redis Cluster", self.shown_url()))
+                .hint("Name one node by host and port: url = 'redis://user@host:6379'.")
+        };
+        let mut url = redis::parse_redis_url(&self.url).filter(|url| url.has_host()).ok_or_else(odd)?;
+        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+        url.set_host(Some(&host)).map_err(|_| odd())?;
+        url.set_port(Some(port)).map_err(|()| odd())?;
+        Ok(Self { url: url.to_string(), ..self.clone() })
+    }
+
     /// Where and as whom, as if there were no TLS: the driver is built without it.
     fn info(&self) -> Result<redis::ConnectionInfo> {
         let plain = match self.url.split_once("s:") {
@@ -258,6 +279,31 @@ impl RedisConfig {
             Error::user("the url is not a Redis URL").hint("Write url = 'rediss://user@host:6379/0'.")
         })
     }
+}
+
+/// Connects to a pipeline's sink, in a single server or a cluster. `schema`: that of the rows to be flushed.
+///
+/// # Errors
+/// User: a key column that the schema lacks, a column without a text form, certificates that cannot be read.
+/// External: no server there, or it refuses the user.
+pub async fn connect(
+    config: &RedisConfig,
+    pipeline: &str,
+    sink: &str,
+    schema: &SchemaRef,
+) -> Result<Arc<dyn OnlineStore>> {
+    check_schema(schema)?;
+    let key_columns = config.key_columns(schema)?;
+    let mut fields = Vec::new();
+    schema.fields().iter().for_each(|field| bulk(&mut fields, field.name().as_bytes()));
+    let prefix = config.prefix.as_bytes().to_vec();
+    let layout = Layout { prefix, key_columns, fields, field_count: schema.fields().len() };
+    let pool = Pool::new(config, true)?;
+    let name = format!("{pipeline}/{sink}");
+    Ok(match pool.first().await? {
+        false => Arc::new(RedisStore::open(pool, layout, &name).await?),
+        true => Arc::new(ClusterStore::open(config, pool, layout, &name).await?),
+    })
 }
 
 /// Refuses what cannot be written as hash fields.

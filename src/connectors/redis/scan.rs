@@ -15,8 +15,10 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::time::timeout;
 
-use super::encode::{TextColumn, bulk, command, key};
+use super::cluster::{Batch, Cluster, Map};
+use super::encode::{TextColumn, bulk, key};
 use super::fault::Fault;
+use super::slots::slot_of;
 use super::store::{Lane, Pool};
 use super::wire::Reply;
 use super::{BOOK_PREFIX, RedisConfig, check_schema};
@@ -44,35 +46,36 @@ pub async fn read_all(config: &RedisConfig, schema: &SchemaRef) -> Result<Vec<Re
 pub async fn read(config: &RedisConfig, schema: &SchemaRef, most: usize) -> Result<Vec<RecordBatch>> {
     let mut reader = Reader::open(config, schema).await?;
     let pattern = pattern(&config.prefix);
-    let mut cursor = "0".to_owned();
+    let (mut node, mut cursor) = (0, "0".to_owned());
     // A scan may name a key more than once.
     let mut seen = HashSet::new();
     let mut batches = Vec::new();
     let mut finished = 0;
     loop {
         let words = ["SCAN", &cursor, "MATCH", &pattern, "COUNT", SCAN_COUNT, "TYPE", "hash"];
-        let reply = reader.ask(&words).await?;
-        let Reply::Array(mut parts) = reply else { return Err(reader.pool.odd()) };
+        let reply = reader.ask_node(node, &words).await?;
+        let Reply::Array(mut parts) = reply else { return Err(reader.pool().odd()) };
         let (Some(Reply::Array(found)), Some(next)) = (parts.pop(), parts.pop()) else {
-            return Err(reader.pool.odd());
+            return Err(reader.pool().odd());
         };
-        cursor = next.text().ok_or_else(|| reader.pool.odd())?.to_owned();
+        cursor = next.text().ok_or_else(|| reader.pool().odd())?.to_owned();
         let mut keys = Vec::with_capacity(found.len());
         for name in found {
-            let Reply::Bulk(name) = name else { return Err(reader.pool.odd()) };
+            let Reply::Bulk(name) = name else { return Err(reader.pool().odd()) };
             if !name.starts_with(BOOK_PREFIX.as_bytes()) && !seen.contains(&name) {
                 seen.insert(name.clone());
                 keys.push(name);
             }
         }
         reader.fetch(&keys).await?;
-        let done = cursor == "0" || finished + reader.rows >= most;
+        node += usize::from(cursor == "0");
+        let done = node == reader.nodes() || finished + reader.rows >= most;
         if reader.rows >= BATCH || done {
             finished += reader.rows;
             batches.extend(reader.finish()?);
         }
         if done {
-            return Ok(batches);
+            return reader.same_nodes().await.map(|()| batches);
         }
     }
 }
@@ -146,10 +149,22 @@ impl Lookup {
     }
 }
 
+/// What is read from.
+enum Server {
+    One {
+        pool: Pool,
+        lane: Lane,
+    },
+    Many {
+        cluster: Cluster,
+        /// As it was when the reader was opened.
+        map: Arc<Map>,
+    },
+}
+
 /// A connection, and what is read over it.
 pub struct Reader {
-    pool: Pool,
-    lane: Lane,
+    server: Server,
     schema: SchemaRef,
     key_columns: Vec<usize>,
     columns: Vec<BinaryBuilder>,
@@ -187,60 +202,109 @@ impl Reader {
         let key_columns = config.key_columns(schema)?;
         let pool = Pool::new(config, false)?;
         let lane = pool.lane().await.map_err(|error| pool.unreachable(error))?;
+        let server = match lane.wire.clustered {
+            false => Server::One { pool, lane },
+            true => {
+                pool.put_back(lane);
+                let cluster = Cluster::open(config, pool, false).await?;
+                Server::Many { map: cluster.map(), cluster }
+            }
+        };
         let mut fields = Vec::new();
         schema.fields().iter().for_each(|field| bulk(&mut fields, field.name().as_bytes()));
         let columns = schema.fields().iter().map(|_| BinaryBuilder::new()).collect();
-        Ok(Self { pool, lane, schema: schema.clone(), key_columns, columns, rows: 0, fields })
+        Ok(Self { server, schema: schema.clone(), key_columns, columns, rows: 0, fields })
     }
 
-    async fn ask(&mut self, words: &[&str]) -> Result<Reply> {
-        let mut bytes = Vec::new();
-        command(&mut bytes, words);
-        self.lane.wire.send(&bytes).await.map_err(|error| self.pool.unreachable(error))?;
-        self.reply().await
+    fn pool(&self) -> &Pool {
+        match &self.server {
+            Server::One { pool, .. } => pool,
+            Server::Many { cluster, .. } => &cluster.seed,
+        }
     }
 
-    async fn reply(&mut self) -> Result<Reply> {
-        match self.lane.wire.reply().await {
-            Ok(Reply::Error(error)) => Err(self.pool.refused(&error)),
+    fn nodes(&self) -> usize {
+        match &self.server {
+            Server::One { .. } => 1,
+            Server::Many { map, .. } => map.nodes().len(),
+        }
+    }
+
+    /// A scan of a cluster finds every key only if no slot has moved behind it.
+    ///
+    /// # Errors
+    /// External: one has.
+    async fn same_nodes(&self) -> Result<()> {
+        match &self.server {
+            Server::Many { cluster, map } if !Arc::ptr_eq(map, &cluster.refresh().await?) => {
+                let message = "slots of the Redis Cluster moved while it was read";
+                Err(Error::external(message).hint("Ask again when they have settled."))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// One command for a node.
+    async fn ask_node(&mut self, node: usize, words: &[&str]) -> Result<Reply> {
+        let (pool, lane) = match &mut self.server {
+            Server::One { pool, lane } => (pool, lane),
+            Server::Many { map, .. } => return map.nodes()[node].ask(words).await,
+        };
+        match lane.wire.ask(words).await {
+            Ok(Reply::Error(error)) => Err(pool.refused(&error)),
             Ok(reply) => Ok(reply),
-            Err(error) => Err(self.pool.unreachable(error)),
+            Err(error) => Err(pool.unreachable(error)),
         }
     }
 
     /// Appends the hashes of these keys, all asked for in one go.
     async fn fetch(&mut self, keys: &[Vec<u8>]) -> Result<()> {
+        if let Server::Many { cluster, .. } = &self.server {
+            let mut batch = Batch::default();
+            for key in keys {
+                batch.push(slot_of(key), |bytes| self.hmget(bytes, key));
+            }
+            let replies = cluster.ask(&batch).await?;
+            return replies.into_iter().try_for_each(|reply| self.append(reply));
+        }
         let mut bytes = Vec::new();
-        for key in keys {
-            super::encode::array_header(&mut bytes, 2 + self.schema.fields().len());
-            bulk(&mut bytes, b"HMGET");
-            bulk(&mut bytes, key);
-            bytes.extend_from_slice(&self.fields);
-        }
-        self.lane.wire.send(&bytes).await.map_err(|error| self.pool.unreachable(error))?;
+        keys.iter().for_each(|key| self.hmget(&mut bytes, key));
+        let Server::One { pool, lane } = &mut self.server else { return Ok(()) };
+        lane.wire.send(&bytes).await.map_err(|error| pool.unreachable(error))?;
         for _ in keys {
-            let values = match self.lane.wire.reply().await {
-                Ok(Reply::Array(values)) => values,
-                Ok(Reply::Error(error)) if Fault::of(&error) == Fault::WrongType => continue,
-                Ok(Reply::Error(error)) => return Err(self.pool.refused(&error)),
-                Ok(_) => return Err(self.pool.odd()),
-                Err(error) => return Err(self.pool.unreachable(error)),
-            };
-            if values.len() != self.columns.len() {
-                return Err(self.pool.odd());
-            }
-            // Expired since, or not written by us.
-            if self.key_columns.iter().any(|&column| values[column] == Reply::Null) {
-                continue;
-            }
-            for (column, value) in self.columns.iter_mut().zip(values) {
-                match value {
-                    Reply::Bulk(bytes) => column.append_value(bytes),
-                    _ => column.append_null(),
-                }
-            }
-            self.rows += 1;
+            let Server::One { pool, lane } = &mut self.server else { return Ok(()) };
+            let reply = lane.wire.reply().await.map_err(|error| pool.unreachable(error))?;
+            self.append(reply)?;
         }
+        Ok(())
+    }
+
+    fn hmget(&self, bytes: &mut Vec<u8>, key: &[u8]) {
+        super::encode::array_header(bytes, 2 + self.schema.fields().len());
+        bulk(bytes, b"HMGET");
+        bulk(bytes, key);
+        bytes.extend_from_slice(&self.fields);
+    }
+
+    /// Appends the answer to a [`Reader::hmget`].
+    fn append(&mut self, reply: Reply) -> Result<()> {
+        let values = match reply {
+            Reply::Array(values) if values.len() == self.columns.len() => values,
+            Reply::Error(error) if Fault::of(&error) == Fault::WrongType => return Ok(()),
+            Reply::Error(error) => return Err(self.pool().refused(&error)),
+            _ => return Err(self.pool().odd()),
+        };
+        // Expired since, or not written by us.
+        if self.key_columns.iter().any(|&column| values[column] == Reply::Null) {
+            return Ok(());
+        }
+        for (column, value) in self.columns.iter_mut().zip(values) {
+            match value {
+                Reply::Bulk(bytes) => column.append_value(bytes),
+                _ => column.append_null(),
+            }
+        }
+        self.rows += 1;
         Ok(())
     }
 

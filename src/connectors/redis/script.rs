@@ -1,5 +1,6 @@
 //! The Lua scripts and the texts that they compare.
 
+use std::fmt::Write;
 use std::sync::LazyLock;
 
 use redis::Script;
@@ -106,6 +107,9 @@ end
 return ''
 ";
 
+/// Behind the prefix: the key that [`PROBE`] asks for.
+pub(super) const PROBE_KEY: &str = "millstream-probe";
+
 static WRITE_SCRIPT: LazyLock<Script> = LazyLock::new(|| Script::new(WRITE));
 
 /// SHA-1 of [`WRITE`], as `EVALSHA` wants it.
@@ -128,8 +132,33 @@ pub(super) fn call_text(flush: &str, call: usize) -> String {
     format!("{flush}{call:010}")
 }
 
+/// Appends what [`flush_text`] gives.
+pub(super) fn put_flush(out: &mut String, generation: u64, number: u64) {
+    // Writing into a text cannot fail.
+    write!(out, "{generation:020}-{number:020}-").ok();
+}
+
+/// Appends what [`call_text`] gives.
+pub(super) fn put_call(out: &mut String, flush: &str, call: usize) {
+    write!(out, "{flush}{call:010}").ok();
+}
+
 pub(super) fn shard_field(shard: u32) -> String {
     format!("flush:{shard}")
+}
+
+/// Of a cluster's anchors.
+pub(super) fn seal_field(shard: u32) -> String {
+    format!("seal:{shard}")
+}
+
+/// Shard and the newest flush that a [`seal_field`] and its value prove to be written, all of it: an open seal (call 0) is
+/// that of a flush which was only about to begin.
+pub(super) fn parse_seal(field: &str, value: &str) -> Option<(u32, (u64, u64))> {
+    let shard = field.strip_prefix("seal:")?.parse().ok()?;
+    let mut parts = value.split('-').map(|part| part.parse::<u64>().ok());
+    let (generation, number, call) = (parts.next()??, parts.next()??, parts.next()??);
+    Some((shard, (generation, number.saturating_sub(u64::from(call == 0)))))
 }
 
 /// Shard, generation and number of a [`shard_field`] and its value; `None` for other fields.

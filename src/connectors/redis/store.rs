@@ -1,4 +1,4 @@
-//! [`RedisStore`]: the [`OnlineStore`] over Redis.
+//! [`RedisStore`]: the [`OnlineStore`] over a single Redis, and the connections to one server.
 //!
 //! # Lost connections
 //! A call that failed on the network is sent again on a new connection, with growing pauses, about 1.5 s in all;
@@ -13,14 +13,14 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use arrow::array::RecordBatch;
-use arrow::datatypes::SchemaRef;
 use async_trait::async_trait;
+use redis::ConnectionAddr;
 
-use super::encode::{Call, Encoder, Layout, bulk};
+use super::encode::{Call, Encoder, Layout};
 use super::fault::Fault;
 use super::script::{self, KEYS_PER_CALL};
 use super::wire::{Address, Reply, Wire};
-use super::{BOOK_PREFIX, RedisConfig, check_schema, tls};
+use super::{BOOK_PREFIX, RedisConfig, tls};
 use crate::connectors::{Flushed, OnlineState, OnlineStore, OnlineWrite};
 use crate::error::{Error, Result};
 use crate::stream::{Positions, crash};
@@ -34,7 +34,7 @@ const PAUSES_MS: [u64; 6] = [0, 50, 100, 200, 400, 800];
 pub(super) struct Lane {
     pub(super) wire: Wire,
     encoder: Encoder,
-    buffer: Vec<u8>,
+    pub(super) buffer: Vec<u8>,
 }
 
 /// Connections to one server.
@@ -46,6 +46,8 @@ pub(super) struct Pool {
     prefix: String,
     /// The script is loaded on every connection; who only reads needs no right to it.
     writes: bool,
+    /// Of a node of a cluster.
+    pub(super) clustered: bool,
     idle: Mutex<Vec<Lane>>,
 }
 
@@ -67,14 +69,23 @@ impl Pool {
     /// User: the certificates to trust cannot be read.
     pub(super) fn new(config: &RedisConfig, writes: bool) -> Result<Self> {
         let (address, shown, prefix) = (config.address()?, config.shown_url(), config.prefix.clone());
-        Ok(Self { address, shown, prefix, writes, idle: Mutex::default() })
+        Ok(Self { address, shown, prefix, writes, clustered: false, idle: Mutex::default() })
     }
 
-    /// A first connection, without further attempts.
-    pub(super) async fn first(&self) -> Result<()> {
+    /// A first connection, without further attempts. Whether it leads to a node of a cluster.
+    pub(super) async fn first(&self) -> Result<bool> {
         let lane = self.open().await.map_err(|error| self.unreachable(error))?;
+        let clustered = lane.wire.clustered;
         self.put_back(lane);
-        Ok(())
+        Ok(clustered)
+    }
+
+    /// Where it leads to, unless that is a socket of this machine.
+    pub(super) fn host(&self) -> Option<&str> {
+        match &self.address.addr {
+            ConnectionAddr::Tcp(host, _) => Some(host),
+            _ => None,
+        }
     }
 
     async fn open(&self) -> io::Result<Lane> {
@@ -113,12 +124,17 @@ impl Pool {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Closes the connections that are kept.
+    pub(super) fn forget(&self) {
+        self.idle().clear();
+    }
+
     /// Whether and after which pause to try again after `attempt` failures before this one.
     pub(super) async fn ride_out(&self, attempt: usize, error: io::Error) -> Result<()> {
         // Its siblings are most likely dead too.
-        self.idle().clear();
+        self.forget();
         use io::ErrorKind as Kind;
-        let hopeless = [Kind::TimedOut, Kind::PermissionDenied, Kind::InvalidData, Kind::Unsupported];
+        let hopeless = [Kind::TimedOut, Kind::PermissionDenied, Kind::InvalidData];
         let hopeless = hopeless.contains(&error.kind());
         match PAUSES_MS.get(attempt) {
             Some(pause) if !hopeless => {
@@ -149,7 +165,6 @@ impl Pool {
             {
                 return self.refused(&text);
             }
-            io::ErrorKind::Unsupported => return self.of_a_cluster(&text),
             io::ErrorKind::PermissionDenied => {
                 let hint =
                     "Check user, password and database: the options user and password, or those in the url.";
@@ -169,6 +184,21 @@ impl Pool {
             _ => ("does not answer", "Start the server, or set the option url to where it runs."),
         };
         Error::external(format!("redis at {} {what}", self.shown)).hint(hint).because(error)
+    }
+
+    /// One command, on a new connection if one that was kept is dead.
+    pub(super) async fn ask_once<A: AsRef<[u8]>>(&self, arguments: &[A]) -> io::Result<Reply> {
+        let kept = self.idle().pop();
+        if let Some(mut lane) = kept
+            && let Ok(reply) = lane.wire.ask(arguments).await
+        {
+            self.put_back(lane);
+            return Ok(reply);
+        }
+        let mut lane = self.open().await?;
+        let reply = lane.wire.ask(arguments).await?;
+        self.put_back(lane);
+        Ok(reply)
     }
 
     /// One command that may be repeated without harm.
@@ -218,7 +248,7 @@ impl Pool {
 
     fn of_a_cluster(&self, what: &str) -> Error {
         Error::external(format!("redis at {} cannot be used: {what}", self.shown))
-            .hint("Use a server without cluster mode (cluster-enabled no): a write touches many keys at once, which a cluster spreads over its nodes.")
+            .hint("It is a node of a Redis Cluster by now: start again.")
             .lasting()
     }
 
@@ -228,28 +258,58 @@ impl Pool {
             true => "+ping +hget +hgetall +eval +evalsha +script|load +hset +hdel +del +persist +pexpireat",
             false => "+ping +scan +hmget",
         };
+        let more = if self.clustered { " +cluster|slots +asking" } else { "" };
         let books = if self.writes { format!(" ~{BOOK_PREFIX}*}}") } else { String::new() };
         Error::external(format!("redis at {} refuses its user: {what}", self.shown))
             .hint(format!(
-                "Grant the rights (ACL SETUSER … ~{}*{books} {rights}), or use another user.",
+                "Grant the rights (ACL SETUSER … ~{}*{books} {rights}{more}), or use another user.",
                 self.prefix
             ))
             .lasting()
     }
 
-    /// Finds missing rights before the first row, as far as the server tells.
+    /// What the answer to [`script::PROBE`] says.
     ///
     /// # Errors
     /// External and lasting: the user may not do what a flush does.
-    async fn probe(&self, book: &str) -> Result<()> {
-        let key = format!("{}millstream-probe", self.prefix);
-        let reply = self.ask(&["EVAL", script::PROBE, "2", book, &key]).await?;
+    pub(super) fn check_rights(&self, reply: &Reply) -> Result<()> {
         match reply.text() {
             Some("") => Ok(()),
             Some(command) => {
                 Err(self.forbidden(&format!("no right to {command} on {}* and its bookkeeping", self.prefix)))
             }
             None => Err(self.odd()),
+        }
+    }
+
+    /// What the answer to a script call means. `again`: its flush was sent before, so a call that the server already has
+    /// is ours.
+    pub(super) fn verdict(&self, reply: &Reply, flush: &str, again: bool) -> Result<Flushed, Failure> {
+        let (word, detail) = match reply {
+            Reply::Array(parts) => {
+                match (parts.first().and_then(Reply::text), parts.get(1).and_then(Reply::text)) {
+                    (Some(word), Some(detail)) => (word, detail),
+                    _ => return Err(Failure::Final(self.odd())),
+                }
+            }
+            Reply::Error(error) if Fault::of(error) == Fault::Passing => {
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, error.as_str()).into());
+            }
+            Reply::Error(error) => return Err(Failure::Final(self.refused(error))),
+            _ => return Err(Failure::Final(self.odd())),
+        };
+        match word {
+            "DONE" => Ok(Flushed::Done),
+            "STALE" if again && detail.starts_with(flush) => Ok(Flushed::Done),
+            "STALE" => Ok(Flushed::Stale),
+            "LOST" => Ok(Flushed::FenceLost),
+            "FENCED" => {
+                let by = detail.parse().map_err(|_| Failure::Final(self.odd()))?;
+                Ok(Flushed::Fenced { by })
+            }
+            // The call before it was not run: the server forgot the script in between.
+            "GAP" => Err(io::Error::new(io::ErrorKind::Interrupted, "a script call was not run").into()),
+            _ => Err(Failure::Final(self.odd())),
         }
     }
 
@@ -274,8 +334,8 @@ fn waits_for(error: &str) -> &'static str {
     }
 }
 
-/// A pipeline's sink in Redis.
-pub struct RedisStore {
+/// A pipeline's sink in a single Redis.
+pub(super) struct RedisStore {
     pool: Pool,
     layout: Layout,
     book: String,
@@ -284,32 +344,15 @@ pub struct RedisStore {
 }
 
 impl RedisStore {
-    /// Connects to the server. `schema`: that of the rows to be flushed.
+    /// `name`: `<pipeline>/<sink>`.
     ///
     /// # Errors
-    /// User: a key column that the schema lacks, a column without a text form, certificates that cannot be read.
-    /// External: no server there, or it refuses the user.
-    pub async fn connect(
-        config: &RedisConfig,
-        pipeline: &str,
-        sink: &str,
-        schema: &SchemaRef,
-    ) -> Result<Self> {
-        check_schema(schema)?;
-        let key_columns = config.key_columns(schema)?;
-        let mut fields = Vec::new();
-        schema.fields().iter().for_each(|field| bulk(&mut fields, field.name().as_bytes()));
-        let book = format!("{BOOK_PREFIX}{pipeline}/{sink}}}");
-        let layout = Layout {
-            prefix: config.prefix.as_bytes().to_vec(),
-            key_columns,
-            fields,
-            field_count: schema.fields().len(),
-            book: book.as_bytes().to_vec(),
-        };
-        let pool = Pool::new(config, true)?;
-        pool.first().await?;
-        pool.probe(&book).await?;
+    /// External: the server refuses the user.
+    pub(super) async fn open(pool: Pool, layout: Layout, name: &str) -> Result<Self> {
+        let book = format!("{BOOK_PREFIX}{name}}}");
+        let key = [&layout.prefix, script::PROBE_KEY.as_bytes()].concat();
+        let words = [b"EVAL".as_slice(), script::PROBE.as_bytes(), b"2", book.as_bytes(), &key];
+        pool.check_rights(&pool.ask(&words).await?)?;
         Ok(Self { pool, layout, book, acknowledged: Mutex::default() })
     }
 
@@ -335,16 +378,22 @@ impl RedisStore {
             let before = if calls == 0 { String::new() } else { script::call_text(flush, calls) };
             // The first call looks whether the server remembers the flush before.
             let known = if calls == 0 { guard[2] } else { "" };
+            let expire_at_ms = write.expire_at_ms.as_ref().map(|expiry| expiry.slice(row, rows));
+            let deletes = write.deletes.as_ref().filter(|_| gone > 0).map(|batch| batch.slice(delete, gone));
+            let rows_of_call = write.rows.slice(row, rows);
+            lane.encoder.fill(&self.layout, &rows_of_call, deletes.as_ref()).map_err(Failure::Final)?;
+            let (with_key, gone_with_key) = lane.encoder.all();
             let call = Call {
+                book: self.book.as_bytes(),
                 guard: [guard[0], guard[1], &number, &before, known].map(str::as_bytes),
-                rows: write.rows.slice(row, rows),
-                expire_at_ms: write.expire_at_ms.as_ref().map(|expiry| expiry.slice(row, rows)),
-                deletes: write.deletes.as_ref().filter(|_| gone > 0).map(|batch| batch.slice(delete, gone)),
+                rows: with_key,
+                deletes: gone_with_key,
+                expire_at_ms: expire_at_ms.as_ref(),
                 // With the first call: a kill between two leaves rows that a replay must not go behind.
                 consumed: if calls == 0 { consumed } else { &none },
             };
             lane.buffer.clear();
-            lane.encoder.call(&mut lane.buffer, &self.layout, &call).map_err(Failure::Final)?;
+            lane.encoder.call(&mut lane.buffer, &self.layout, &call);
             lane.wire.send(&lane.buffer).await?;
             (calls, row, delete) = (calls + 1, row + rows, delete + gone);
             if last {
@@ -364,38 +413,11 @@ impl RedisStore {
         self.acknowledged.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the answers mean. `again`: this flush was sent before, so calls that the server already has are ours.
     fn verdict(&self, replies: &[Reply], flush: &str, again: bool) -> Result<Flushed, Failure> {
         for reply in replies {
-            let (word, detail) = match reply {
-                Reply::Array(parts) => {
-                    match (parts.first().and_then(Reply::text), parts.get(1).and_then(Reply::text)) {
-                        (Some(word), Some(detail)) => (word, detail),
-                        _ => return Err(Failure::Final(self.pool.odd())),
-                    }
-                }
-                Reply::Error(error) if Fault::of(error) == Fault::Passing => {
-                    return Err(io::Error::new(io::ErrorKind::ResourceBusy, error.as_str()).into());
-                }
-                Reply::Error(error) => return Err(Failure::Final(self.pool.refused(error))),
-                _ => return Err(Failure::Final(self.pool.odd())),
-            };
-            match word {
-                "DONE" => {}
-                "STALE" if again && detail.starts_with(flush) => {}
-                "STALE" => return Ok(Flushed::Stale),
-                "LOST" => return Ok(Flushed::FenceLost),
-                "FENCED" => {
-                    let by = detail.parse().map_err(|_| Failure::Final(self.pool.odd()))?;
-                    return Ok(Flushed::Fenced { by });
-                }
-                // The call before it was not run: the server forgot the script in between.
-                "GAP" => {
-                    return Err(
-                        io::Error::new(io::ErrorKind::Interrupted, "a script call was not run").into()
-                    );
-                }
-                _ => return Err(Failure::Final(self.pool.odd())),
+            let flushed = self.pool.verdict(reply, flush, again)?;
+            if flushed != Flushed::Done {
+                return Ok(flushed);
             }
         }
         Ok(Flushed::Done)

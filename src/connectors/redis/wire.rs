@@ -25,8 +25,6 @@ const READ_CHUNK: usize = 16 * 1024;
 /// Redis' own limit for one string.
 const MAX_BULK: usize = 512 * 1024 * 1024;
 const MAX_DEPTH: usize = 8;
-/// Of the error for a node of a cluster.
-const CLUSTER: &str = "it is a node of a Redis Cluster";
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Reply {
@@ -63,6 +61,8 @@ pub(crate) struct Address {
 }
 
 pub(super) struct Wire {
+    /// The server is a node of a cluster: it holds some slots only.
+    pub(super) clustered: bool,
     stream: Box<dyn Stream>,
     received: Vec<u8>,
     /// How much of `received` has been parsed.
@@ -73,8 +73,7 @@ impl Wire {
     /// Connects and logs in.
     ///
     /// # Errors
-    /// `PermissionDenied` when the server refuses the user, password or database; `Unsupported` for a node of a cluster;
-    /// `ResourceBusy` when it is not ready; `TimedOut`; what [`tls::fault`] knows; any other kind from the network.
+    /// `PermissionDenied` when the server refuses the user, password or database; `ResourceBusy` when it is not ready; `TimedOut`; what [`tls::fault`] knows; any other kind from the network.
     pub(super) async fn connect(address: &Address) -> io::Result<Self> {
         within(CONNECT_TIMEOUT, "connecting", async {
             let stream: Box<dyn Stream> = match (&address.addr, &address.tls) {
@@ -91,7 +90,7 @@ impl Wire {
                     ));
                 }
             };
-            let mut wire = Self { stream, received: Vec::new(), parsed: 0 };
+            let mut wire = Self { clustered: false, stream, received: Vec::new(), parsed: 0 };
             wire.log_in(address).await?;
             Ok(wire)
         })
@@ -119,18 +118,11 @@ impl Wire {
                 return Err(io::Error::new(kind, error));
             }
         }
-        self.check_alone().await
-    }
-
-    /// A server of a cluster holds some slots only: a scan would miss rows, a script its keys. Every user may ask.
-    async fn check_alone(&mut self) -> io::Result<()> {
-        // Servers before Redis 6 do not know the command.
+        // Every user may ask. Servers before Redis 6 do not know the command; their clusters answer MOVED later.
         let Reply::Array(facts) = self.ask(&["HELLO"]).await? else { return Ok(()) };
         let mode = facts.chunks_exact(2).find(|fact| fact[0].text() == Some("mode"));
-        match mode.and_then(|fact| fact[1].text()) {
-            Some("cluster") => Err(io::Error::new(io::ErrorKind::Unsupported, CLUSTER)),
-            _ => Ok(()),
-        }
+        self.clustered = mode.and_then(|fact| fact[1].text()) == Some("cluster");
+        Ok(())
     }
 
     /// One command, one reply.
