@@ -39,6 +39,7 @@ mod readme;
 mod redis_cluster;
 mod redis_faults;
 mod sandbox;
+mod schedules;
 mod secured;
 mod shipped;
 mod slt;

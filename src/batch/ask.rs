@@ -15,7 +15,7 @@ use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as DfStatement;
 
 use super::Answer;
-use super::window::RangeWindows;
+use super::window::with_windows;
 use crate::error::{Error, Place, Result};
 use crate::plan::session::batch_session;
 use crate::plan::views::located;
@@ -56,15 +56,17 @@ impl Rest {
 
 /// A session for one statement.
 pub(super) fn session(settings: &Settings) -> Result<SessionContext> {
-    let state = batch_session()?.state();
-    let state = SessionStateBuilder::new_from_existing(state)
-        .with_physical_optimizer_rule(Arc::new(RangeWindows))
-        .with_physical_optimizer_rule(Arc::new(Yielding));
-    let session = SessionContext::new_with_state(state.build());
+    let session = yielding(&with_windows(&batch_session()?));
     if let Some(options) = &settings.0 {
         *session.state_ref().write().config_mut().options_mut() = options.clone();
     }
     Ok(session)
+}
+
+/// The same session, whose queries can be cancelled whatever they do.
+pub(super) fn yielding(session: &SessionContext) -> SessionContext {
+    let state = SessionStateBuilder::new_from_existing(session.state());
+    SessionContext::new_with_state(state.with_physical_optimizer_rule(Arc::new(Yielding)).build())
 }
 
 /// One statement whose tables are registered.

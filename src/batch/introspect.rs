@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray};
+use arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch, StringArray, TimestampMicrosecondArray};
 use arrow::datatypes::{DataType, Field, Schema};
 
 use super::Answer;
@@ -13,7 +13,8 @@ use crate::plan::session::stream_session;
 use crate::plan::source::all_sources;
 use crate::plan::views::ViewPlanner;
 use crate::sql::options::nearest;
-use crate::sql::{Catalog, Show, SinkInput};
+use crate::sql::{Catalog, CreateSchedule, Show, SinkInput};
+use crate::stream::clock::Clock;
 use crate::stream::letters;
 
 fn answer(columns: Vec<(&str, ArrayRef)>) -> Result<Answer> {
@@ -67,12 +68,10 @@ pub fn show(catalog: &Catalog, show: Show) -> Result<Answer> {
             };
             catalog.sinks.iter().map(of).collect()
         }
-        Show::Schedules => {
-            catalog.schedules.iter().map(|s| (s.name.clone(), None, None, s.place.clone())).collect()
-        }
+        Show::Schedules => return schedules(catalog),
     };
     let mut columns = vec![("name", texts(rows.iter().map(|row| Some(row.0.as_str()))))];
-    if !matches!(show, Show::Views | Show::Schedules) {
+    if show != Show::Views {
         columns.push(("connector", texts(rows.iter().map(|row| row.1.as_deref()))));
     }
     if show == Show::Sinks {
@@ -81,6 +80,25 @@ pub fn show(catalog: &Catalog, show: Show) -> Result<Answer> {
     let place = |row: &Row| Some(format!("{}:{}", row.3.file, row.3.line));
     columns.push(("declared_at", texts(rows.iter().map(place))));
     answer(columns)
+}
+
+/// When each fires, what it does, and the next time that it fires, whether somebody runs it or not.
+fn schedules(catalog: &Catalog) -> Result<Answer> {
+    let all = &catalog.schedules;
+    let of =
+        |text: &dyn Fn(&CreateSchedule) -> String| texts(all.iter().map(|schedule| Some(text(schedule))));
+    let now = Clock.unix_micros();
+    let next: TimestampMicrosecondArray =
+        all.iter().map(|schedule| schedule.calendar.fires_after(now).next()).collect();
+    answer(vec![
+        ("name", of(&|schedule| schedule.name.clone())),
+        ("cron", of(&|schedule| schedule.cron.clone())),
+        ("time_zone", of(&|schedule| schedule.calendar.zone.name().to_owned())),
+        ("does", of(&|schedule| schedule.does())),
+        ("catch_up", of(&|schedule| schedule.catch_up.name().to_owned())),
+        ("next_fire", Arc::new(next.with_timezone("UTC"))),
+        ("declared_at", of(&|schedule| format!("{}:{}", schedule.place.file, schedule.place.line))),
+    ])
 }
 
 /// Everything that a query can name: its kind, its connector, what it reads.

@@ -16,6 +16,8 @@ mod over;
 mod paths;
 #[cfg(feature = "delta")]
 pub mod replay;
+#[cfg(feature = "delta")]
+pub mod schedule;
 #[cfg(feature = "redis")]
 mod stored;
 #[cfg(feature = "delta")]
@@ -45,6 +47,9 @@ use crate::stream::letters::NAME;
 pub use ask::{Ask, Found, Rest, Settings};
 pub use introspect::relations;
 pub use over::Relation;
+
+/// Schema of the tables of our own.
+const OWN_SCHEMA: &str = "millstream";
 
 /// The rows of a query and their schema.
 pub struct Answer {
@@ -110,6 +115,13 @@ async fn one(
         only_reads(&statement).map_err(|error| error.at(place.clone()))?;
     }
     for name in names.iter().filter(|name| name.schema() != Some("information_schema")) {
+        if name.schema() == Some(OWN_SCHEMA) {
+            let known = register_own(session, name.table(), world).await;
+            known.map_err(|error| {
+                error.at(find_word(&place, name.table()).unwrap_or_else(|| place.clone()))
+            })?;
+            continue;
+        }
         let known = register(session, name.table(), world).await;
         known.map_err(|error| error.at(find_word(&place, name.table()).unwrap_or_else(|| place.clone())))?;
     }
@@ -243,6 +255,37 @@ async fn version_of(
     _world: &World<'_>,
 ) -> Result<Arc<dyn TableProvider>> {
     Err(Error::user(format!("{name} has no versions")).hint("This build reads no Delta tables."))
+}
+
+/// What Millstream knows of its own work: `millstream.runs`.
+#[cfg(feature = "delta")]
+async fn register_own(session: &SessionContext, name: &str, world: &World<'_>) -> Result<()> {
+    use datafusion::catalog::MemorySchemaProvider;
+    if name != "runs" {
+        return Err(Error::user(format!("there is no {OWN_SCHEMA}.{name}"))
+            .hint(format!("There is {OWN_SCHEMA}.runs: the runs of schedules.")));
+    }
+    let Some(state) = world.state else {
+        let hint = "Give it: --state ./.millstream/<name of the pipeline>.";
+        return Err(Error::user("the runs of schedules lie in the state of a pipeline").hint(hint));
+    };
+    let rows = schedule::table(&schedule::runs(state).await?)?;
+    let own = || session.catalog(&session.catalog_names().into_iter().next()?);
+    if let Some(catalog) = own()
+        && catalog.schema(OWN_SCHEMA).is_none()
+    {
+        catalog.register_schema(OWN_SCHEMA, Arc::new(MemorySchemaProvider::new()))?;
+    }
+    let table = datafusion::common::TableReference::partial(OWN_SCHEMA, name);
+    if !session.table_exist(table.clone())? {
+        session.register_table(table, Arc::new(MemTable::try_new(rows.schema(), vec![vec![rows]])?))?;
+    }
+    Ok(())
+}
+
+#[cfg(not(feature = "delta"))]
+async fn register_own(_session: &SessionContext, name: &str, _world: &World<'_>) -> Result<()> {
+    Err(Error::user(format!("there is no {OWN_SCHEMA}.{name}")).hint("This build has no schedules."))
 }
 
 async fn register_letters(session: &SessionContext, world: &World<'_>) -> Result<()> {

@@ -14,6 +14,8 @@ mod output;
 mod plan;
 mod progress;
 mod reset;
+#[cfg(feature = "delta")]
+mod schedule;
 mod screen;
 mod shell;
 mod status;
@@ -140,6 +142,14 @@ enum Command {
     /// meanwhile: what it can still change is not touched. Online stores are never written.
     #[cfg(feature = "delta")]
     Backfill(backfill::BackfillArgs),
+    /// Runs the schedules of the SQL files (CREATE SCHEDULE), each interval of time once.
+    ///
+    /// Any number of processes may do so: one of them runs a fire, and when it dies another one begins the run again. A
+    /// schedule never overlaps itself. When it is first seen it begins with its next fire, or at WITH (start = '…'); fires that
+    /// were missed are caught up (catch_up = 'all', 'last', 'none'), runs that failed are tried again (retries, retry_delay).
+    /// SELECT * FROM millstream.runs in `millstream query --state …` lists all runs.
+    #[cfg(feature = "delta")]
+    Schedule(schedule::ScheduleArgs),
     /// Lists, shows and replays records that could not become rows.
     #[command(subcommand)]
     DeadLetters(dead_letters::DeadLettersCommand),
@@ -298,9 +308,15 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Check(files) => {
             let catalog = load(&files)?;
             crate::plan::sinks::check_views(&catalog).await?;
-            crate::plan::sinks::plan(&catalog, &[]).await?;
+            let plan = crate::plan::sinks::plan(&catalog, &[]).await?;
+            #[cfg(feature = "delta")]
+            crate::batch::schedule::check(&catalog, &plan).await?;
+            let schedules = match catalog.schedules.len() {
+                0 => String::new(),
+                some => format!(", {some} schedules"),
+            };
             eprintln!(
-                "ok: {} sources, {} views, {} sinks",
+                "ok: {} sources, {} views, {} sinks{schedules}",
                 catalog.sources.len(),
                 catalog.views.len(),
                 catalog.sinks.len()
@@ -321,6 +337,8 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Query(args) => return query(args).await,
         #[cfg(feature = "delta")]
         Command::Backfill(args) => return backfill::run(args).await,
+        #[cfg(feature = "delta")]
+        Command::Schedule(args) => return schedule::run(args).await,
         Command::Test(args) => return test::run(args).await,
         Command::Plan(args) => return plan::run(args).await,
         #[cfg(feature = "delta")]

@@ -9,7 +9,9 @@ use super::{Files, load, output, pipeline_name, state_of};
 use crate::error::{Error, Result};
 use crate::plan::changes::{Change, Item};
 use crate::runtime::changes::{Changes, WAY_OUT, changes};
+use crate::sql::CreateSchedule;
 use crate::sql::place::render;
+use crate::stream::clock::Clock;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Format {
@@ -37,18 +39,21 @@ pub struct PlanArgs {
 /// # Errors
 /// User: the SQL is wrong. External: the state or a table cannot be read.
 pub async fn run(args: PlanArgs) -> Result<ExitCode> {
-    let plan = crate::plan::sinks::plan(&load(&args.files)?, &args.sink).await?;
+    let catalog = load(&args.files)?;
+    let plan = crate::plan::sinks::plan(&catalog, &args.sink).await?;
+    #[cfg(feature = "delta")]
+    crate::batch::schedule::check(&catalog, &plan).await?;
     let name = pipeline_name(&args.files, args.name.as_deref(), &args.sink)?;
     let state = state_of(&args.files, args.state, &name)?;
     let found = changes(&plan, &name, &state).await?;
     match args.format {
-        Format::Table => table(&found, &name, &state)?,
-        Format::Json => json(&found, &name, &state)?,
+        Format::Table => table(&found, &catalog.schedules, &name, &state)?,
+        Format::Json => json(&found, &catalog.schedules, &name, &state)?,
     }
     Ok(ExitCode::from(u8::from(!found.starts())))
 }
 
-fn table(found: &Changes, name: &str, state: &str) -> Result<()> {
+fn table(found: &Changes, schedules: &[CreateSchedule], name: &str, state: &str) -> Result<()> {
     let mut text = match found.epoch {
         Some(epoch) => format!("pipeline {name}, state {state}, epoch {epoch}\n"),
         None => format!("pipeline {name}, no state at {state} yet\n"),
@@ -66,6 +71,14 @@ fn table(found: &Changes, name: &str, state: &str) -> Result<()> {
             "table {table}: other rows than in the run before; what was joined stays, what comes is joined with the new ones\n"
         ));
     }
+    for schedule in schedules {
+        let (zone, does) = (schedule.calendar.zone.name(), schedule.does());
+        let next = next_fire(schedule).unwrap_or_default();
+        text.push_str(&format!(
+            "schedule {}: '{}' {zone}, next {next}: {does}\n",
+            schedule.name, schedule.cron
+        ));
+    }
     output::text(&text)?;
     found.refusals.iter().for_each(|error| eprint!("{}", render(error)));
     if found.items.iter().any(Item::is_changed) {
@@ -75,7 +88,7 @@ fn table(found: &Changes, name: &str, state: &str) -> Result<()> {
     Ok(())
 }
 
-fn json(found: &Changes, name: &str, state: &str) -> Result<()> {
+fn json(found: &Changes, schedules: &[CreateSchedule], name: &str, state: &str) -> Result<()> {
     let item = |item: &Item| {
         let lines = match &item.change {
             Change::Changed(lines) => lines.as_slice(),
@@ -93,8 +106,18 @@ fn json(found: &Changes, name: &str, state: &str) -> Result<()> {
         "items": found.items.iter().map(item).collect::<Vec<_>>(),
         "refusals": refusals,
         "lookups": found.lookups,
+        "schedules": schedules.iter().map(|schedule| json!({
+            "name": schedule.name, "does": schedule.does(), "next_fire": next_fire(schedule),
+        })).collect::<Vec<_>>(),
     });
     output::text(&format!("{value:#}\n"))
+}
+
+/// The next time, whether somebody runs it or not.
+fn next_fire(schedule: &CreateSchedule) -> Option<String> {
+    let next =
+        chrono::DateTime::from_timestamp_micros(schedule.calendar.fires_after(Clock.unix_micros()).next()?)?;
+    Some(next.to_rfc3339_opts(chrono::SecondsFormat::Secs, true))
 }
 
 fn kind(item: &Item) -> &'static str {

@@ -55,7 +55,7 @@ impl Catalog {
             }
             Statement::CreateSchedule(s) => {
                 self.declare(&s.name, s.or_replace, &s.place)?;
-                self.schedules.push(s);
+                self.schedules.push(*s);
             }
             other => self.others.push(other),
         }
@@ -104,6 +104,10 @@ impl Catalog {
 
     pub fn sink(&self, name: &str) -> Option<&CreateSink> {
         self.sinks.iter().find(|sink| sink.name == name)
+    }
+
+    pub fn schedule(&self, name: &str) -> Option<&CreateSchedule> {
+        self.schedules.iter().find(|schedule| schedule.name == name)
     }
 }
 

@@ -9,8 +9,8 @@ use crate::error::{Error, Place, Result};
 use crate::sql::options::{OptionValue, Options, nearest};
 use crate::sql::parser::{Reader, normal};
 use crate::sql::statement::{
-    Column, ComputedColumn, CreateSchedule, CreateSink, CreateSource, CreateTable, CreateView,
-    ScheduleAction, SinkInput, Statement, Watermark,
+    Column, ComputedColumn, CreateSink, CreateSource, CreateTable, CreateView, SinkInput, Statement,
+    Watermark,
 };
 use crate::sql::{interval, types};
 use crate::stream::timestamp_type;
@@ -181,7 +181,7 @@ impl Reader<'_> {
     }
 
     /// Where the `WITH` of a `WITH (…)` stands that ends the statement.
-    fn trailing_options(&self) -> Option<usize> {
+    pub(super) fn trailing_options(&self) -> Option<usize> {
         let mut depth = 0_usize;
         for (at, token) in self.tokens.iter().enumerate().rev() {
             match token.token {
@@ -196,48 +196,6 @@ impl Reader<'_> {
             }
         }
         None
-    }
-
-    fn schedule(&mut self, or_replace: bool, place: Place) -> Result<Statement> {
-        let name = self.name()?;
-        self.expect_word("CRON")?;
-        let token = self.peek(0);
-        let cron = self.string("a cron expression such as '0 2 * * *'")?;
-        if cron.split_whitespace().count() != 5 {
-            return Err(Error::user(format!("'{cron}' is no cron expression of five fields"))
-                .hint("The fields are minute, hour, day of month, month, day of week: '0 2 * * *' is 02:00 daily.")
-                .at(self.place(&token)));
-        }
-        let time_zone = if self.take_word("TIME") {
-            self.expect_word("ZONE")?;
-            Some(self.string("a time zone such as 'Europe/Berlin'")?)
-        } else {
-            None
-        };
-        self.expect_word("AS")?;
-        let token = self.peek(0);
-        let action = if self.take_word("BACKFILL") {
-            self.backfill()?
-        } else if self.is_word(0, "INSERT") {
-            ScheduleAction::Insert(Box::new(self.delegate(&place)?))
-        } else {
-            return Err(self.expected("BACKFILL or INSERT", &token));
-        };
-        let schedule = CreateSchedule { name, or_replace, cron, time_zone, action, place };
-        Ok(Statement::CreateSchedule(schedule))
-    }
-
-    fn backfill(&mut self) -> Result<ScheduleAction> {
-        let sink = self.name()?;
-        self.expect_word("FOR")?;
-        self.expect_word("LAST")?;
-        let place = self.place(&self.peek(0));
-        let expr = self.expr()?;
-        let last_micros = interval_micros(&expr).map_err(|error| error.at(place.clone()))?;
-        if last_micros <= 0 {
-            return Err(Error::user("the interval of a backfill must be longer than nothing").at(place));
-        }
-        Ok(ScheduleAction::Backfill { sink, last_micros })
     }
 
     fn columns(&mut self, of: &str) -> Result<Columns> {
@@ -371,7 +329,7 @@ impl Reader<'_> {
     }
 
     /// `WITH (key = value, …)`.
-    fn options(&mut self, owner: &str) -> Result<Options> {
+    pub(super) fn options(&mut self, owner: &str) -> Result<Options> {
         self.expect_word("WITH")?;
         self.expect(&Token::LParen, "options in parentheses")?;
         let mut entries: Vec<(String, OptionValue)> = Vec::new();
@@ -466,7 +424,7 @@ impl Reader<'_> {
 }
 
 /// µs of `INTERVAL '…'` or of a plain string.
-fn interval_micros(expr: &Expr) -> Result<i64> {
+pub(super) fn interval_micros(expr: &Expr) -> Result<i64> {
     match expr {
         Expr::Interval(value) => interval::literal_micros(value),
         other => interval::micros_of(other).ok_or_else(|| {

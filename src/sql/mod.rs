@@ -9,8 +9,11 @@
 //! Unquoted names are lowercased, quoted ones kept, as DataFusion does.
 
 pub mod as_of;
+pub mod calendar;
 pub mod catalog;
 mod create;
+mod create_schedule;
+pub mod cron;
 pub mod interval;
 pub mod options;
 pub mod parser;

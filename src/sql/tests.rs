@@ -252,16 +252,6 @@ fn what_is_wrong_is_said_at_its_place() {
         ("CREATE VIEW a.b AS SELECT 1".to_owned(), (1, 13), "the name a has more than one part"),
         ("CREATE SINK s FROM t WITH (a = b)".to_owned(), (1, 32), "expected the value of a, found b"),
         (
-            "CREATE SCHEDULE n CRON 'daily' AS BACKFILL s FOR LAST INTERVAL '1 day'".to_owned(),
-            (1, 24),
-            "'daily' is no cron expression of five fields",
-        ),
-        (
-            "CREATE SCHEDULE n CRON '0 2 * * *' AS BACKFILL s FOR LAST INTERVAL '1 month'".to_owned(),
-            (1, 59),
-            "the interval '1 month' has no fixed length",
-        ),
-        (
             "CREATE TABLE t (a INT, b AS (a)) WITH (connector = 'csv')".to_owned(),
             (1, 24),
             "the table t is bounded and has no computed column",
@@ -270,6 +260,49 @@ fn what_is_wrong_is_said_at_its_place() {
         let error = refused(&text);
         assert_eq!(error.message(), message, "{text}");
         assert_eq!(error.place().map(|p| (p.line, p.column)), Some(place), "{text}\n{}", render(&error));
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_schedule_is_said_at_its_place() {
+    for (rest, column, message) in [
+        ("'daily' AS BACKFILL s FOR LAST '1 day'", 24, "'daily' is no cron expression of five fields"),
+        ("'0 2 * * *' AS BACKFILL s FOR LAST '1 month'", 59, "'1 month' is no length of time"),
+        (
+            "'0 2 * * *' AS BACKFILL s FOR LAST INTERVAL '1 month'",
+            59,
+            "the interval '1 month' has no fixed length",
+        ),
+        ("'0 0 30 2 *' AS BACKFILL s FOR LAST '1 day'", 24, "'0 0 30 2 *' never fires"),
+        (
+            "'0 2 * * *' TIME ZONE 'Europe/Berln' AS BACKFILL s FOR LAST '1 day'",
+            46,
+            "the time zone 'Europe/Berln' is not known",
+        ),
+        (
+            "'0 2 * * *' AS BACKFILL s FOR LAST '1 day' WITH (catchup = 'all')",
+            73,
+            "schedule n has no option catchup",
+        ),
+        (
+            "'0 2 * * *' WITH (start = 'soon') AS BACKFILL s FOR LAST '1 day'",
+            42,
+            "schedule n: start = 'soon' is no time",
+        ),
+        (
+            "'0 2 * * *' AS INSERT OVERWRITE t SELECT 1",
+            39,
+            "an INSERT that replaces rows cannot be scheduled",
+        ),
+    ] {
+        let error = refused(&format!("CREATE SCHEDULE n CRON {rest}"));
+        assert_eq!(error.message(), message, "{rest}");
+        assert_eq!(
+            error.place().map(|p| (p.line, p.column)),
+            Some((1, column)),
+            "{rest}\n{}",
+            render(&error)
+        );
     }
 }
 
@@ -293,8 +326,8 @@ fn every_kind_of_statement_is_told_apart() {
         Statement::ExplainPipeline => "pipeline",
         Statement::CreateTable(_) => "table",
         Statement::CreateSchedule(schedule) => match &schedule.action {
-            ScheduleAction::Backfill { sink, last_micros: 86_400_000_000 } if sink == "s" => "backfill",
-            ScheduleAction::Insert(insert) if insert.to_string().contains("$interval_start") => "insert",
+            ScheduleAction::Backfill { sink, last_micros: 86_400_000_000, .. } if sink == "s" => "backfill",
+            ScheduleAction::Insert(insert) if insert.query.to_string().contains("$interval_start") => "insert",
             _ => "?",
         },
         Statement::Other(..) => "other",

@@ -10,6 +10,7 @@
 pub mod accounts;
 pub mod compaction;
 pub mod files;
+pub mod journal;
 pub mod keys;
 pub mod manifest;
 pub mod store;

@@ -13,10 +13,12 @@ pub enum Of {
     History,
     /// A backfill, which passes those of the files that it writes, too.
     Backfill,
+    /// A run of a schedule, beside those of its backfill.
+    Schedule,
 }
 
 /// Every point, in the order of an epoch. `.before` and `.after` enclose one step that the outside world can see.
-pub const POINTS: [(&str, Of); 43] = [
+pub const POINTS: [(&str, Of); 49] = [
     ("claim.before", Of::Epoch),
     ("claim.after", Of::Epoch),
     ("table.before", Of::Epoch),
@@ -63,6 +65,12 @@ pub const POINTS: [(&str, Of); 43] = [
     ("backfill.after", Of::Backfill),
     ("snapshot.before", Of::Backfill),
     ("snapshot.after", Of::Backfill),
+    ("schedule.claim.before", Of::Schedule),
+    ("schedule.claim.after", Of::Schedule),
+    ("insert.before", Of::Schedule),
+    ("insert.after", Of::Schedule),
+    ("schedule.end.before", Of::Schedule),
+    ("schedule.end.after", Of::Schedule),
 ];
 
 /// The points of one kind.

@@ -13,7 +13,7 @@ use tokio::sync::Mutex;
 
 use super::prepare::{Cut, Prepared, computed};
 use super::resume::Passed;
-use super::{Done, Event, Interval, Listener, Method, Options, Read, Status};
+use super::{Done, Event, Interval, Listener, Method, Options, Permit, Read, Status};
 use crate::batch::history;
 use crate::batch::window::with_windows;
 use crate::connectors::delta::replace::{Pinned, Replaced, Replacement};
@@ -45,6 +45,7 @@ pub struct Job<'a> {
     commits: Mutex<()>,
     options: &'a Options,
     listener: Listener<'a>,
+    permit: Option<&'a dyn Permit>,
 }
 
 /// The rows of an interval on their way into files.
@@ -98,7 +99,12 @@ impl<'a> Job<'a> {
             commits: Mutex::new(()),
             options,
             listener,
+            permit: None,
         }
+    }
+
+    pub fn permitted(self, permit: Option<&'a dyn Permit>) -> Self {
+        Self { permit, ..self }
     }
 
     /// # Errors
@@ -176,6 +182,9 @@ impl<'a> Job<'a> {
         files: &[PreparedFile],
     ) -> Result<Outcome> {
         let table = &self.prepared.table;
+        if let Some(permit) = self.permit {
+            permit.ask().await?;
+        }
         // Another backfill of the same rows came first.
         let known = computed(&base.ledger(), interval, self.fingerprint);
         if let Some(known) = known.filter(|k| k.turn > self.turn && k.backup_version >= cut.version) {

@@ -33,6 +33,7 @@ mod snapshots;
 
 use std::time::Duration;
 
+use async_trait::async_trait;
 use futures::{StreamExt, TryStreamExt};
 
 use crate::connectors::delta::replace::Pinned;
@@ -223,6 +224,14 @@ pub enum Event<'a> {
 
 pub type Listener<'a> = &'a (dyn Fn(Event<'_>) + Send + Sync);
 
+/// Says before each commit, behind the look at the table that it is made from, whether it may still be made.
+#[async_trait]
+pub trait Permit: Send + Sync {
+    /// # Errors
+    /// It may not.
+    async fn ask(&self) -> Result<()>;
+}
+
 /// Backfills a sink of a pipeline named `name`.
 ///
 /// # Errors
@@ -234,6 +243,27 @@ pub async fn run(
     sink: &str,
     options: &Options,
     listener: Listener<'_>,
+) -> Result<Vec<Done>> {
+    run_permitted(catalog, name, sink, options, listener, None).await
+}
+
+/// # Errors
+/// User: the sink cannot be backfilled.
+pub async fn check(catalog: &Catalog, sink: &str) -> Result<()> {
+    prepare::check(catalog, sink).await
+}
+
+/// [`run`] for a process that another one may take over from.
+///
+/// # Errors
+/// Those of [`run`] and of `permit`.
+pub async fn run_permitted(
+    catalog: &Catalog,
+    name: &str,
+    sink: &str,
+    options: &Options,
+    listener: Listener<'_>,
+    permit: Option<&dyn Permit>,
 ) -> Result<Vec<Done>> {
     let prepared = Prepared::new(catalog, name, sink).await?;
     let pinned: Option<Pinned> = prepared.table.pin().await?;
@@ -247,7 +277,7 @@ pub async fn run(
     if pinned.is_none() {
         prepared.table.create().await?;
     }
-    let job = Job::new(&prepared, &cut, &method, pinned.as_ref(), options, listener);
+    let job = Job::new(&prepared, &cut, &method, pinned.as_ref(), options, listener).permitted(permit);
     let each = |planned: Planned| {
         let job = &job;
         async move {

@@ -337,6 +337,22 @@ fn covers(has: &[(String, i32, i64)], read: &[(String, i32, i64)]) -> bool {
     read.iter().all(|(topic, partition, until)| next(topic, *partition) >= *until)
 }
 
+/// # Errors
+/// User: the sink cannot be backfilled, as far as the SQL says.
+pub async fn check(catalog: &Catalog, sink: &str) -> Result<()> {
+    let plan = crate::plan::sinks::plan(catalog, &[sink.to_owned()]).await?;
+    let found = plan.sinks().find(|(_, planned)| planned.name == sink);
+    let (id, planned) = found.ok_or_else(|| Error::internal("a planned sink is not in its plan"))?;
+    let place = catalog.sink(sink).map(|declared| declared.place.clone());
+    checked(&plan, id, planned).map(drop).map_err(|(message, hint)| {
+        let error = Error::user(format!("sink {sink}: {message}")).hint(hint);
+        match place {
+            Some(place) => error.at(place),
+            None => error,
+        }
+    })
+}
+
 /// What a sink must be to be backfilled; else what is wrong, and what to do.
 fn checked<'p>(
     plan: &StreamPlan,

@@ -10,6 +10,7 @@ mod compact;
 pub mod config;
 pub mod entries;
 pub mod history;
+pub mod insert;
 mod log;
 pub mod replace;
 mod schema;
