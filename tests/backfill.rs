@@ -12,10 +12,10 @@ use millstream::stream::crash::{Of, points};
 
 use crate::case::{Case, Dice, send, services};
 
-const DAYS: u64 = 5;
+pub const DAYS: u64 = 5;
 /// 2026-01-01, ms.
-const FIRST: u64 = 1_767_225_600_000;
-const DAY: u64 = 86_400_000;
+pub const FIRST: u64 = 1_767_225_600_000;
+pub const DAY: u64 = 86_400_000;
 const SIGABRT: i32 = 6;
 
 /// Views with a bounded and an unbounded frame, a window over a window, groups by time, and rows as they come; partitioned
@@ -79,15 +79,15 @@ const ANSWERS: [(&str, &str, &str, &str); 5] = [
 const HOURS: &str = "SELECT k, ts, count(*) OVER w AS n, sum(v) OVER w AS v30 FROM backup
     WINDOW w AS (PARTITION BY k ORDER BY ts RANGE BETWEEN INTERVAL 30 HOURS PRECEDING AND CURRENT ROW)";
 
-struct Lake {
-    case: Case,
+pub struct Lake {
+    pub case: Case,
     dice: Dice,
     files: u64,
 }
 
 impl Lake {
     /// The pipeline of this file, with its first input.
-    async fn new(name: &str) -> Option<Self> {
+    pub async fn new(name: &str) -> Option<Self> {
         let case = Case::new(services(name)?, name, None).await;
         let folder = case.folder.path().to_string_lossy().into_owned();
         let sql = SQL.replace("FOLDER", &folder).replace("TOPIC", &case.topic);
@@ -101,7 +101,7 @@ impl Lake {
     }
 
     /// Rows of some hours, nearly in order; one of thirty is late, by up to two days.
-    fn input(&mut self, from: u64, to: u64, rows: u64) {
+    pub fn input(&mut self, from: u64, to: u64, rows: u64) {
         let (start, hours) = (FIRST + from * DAY / 24, to - from);
         let mut text = String::new();
         for row in 0..rows {
@@ -118,7 +118,7 @@ impl Lake {
     }
 
     /// The stream, to the end of the input. Its tables lack what late rows change.
-    fn stream(&self) {
+    pub fn stream(&self) {
         let out = self.case.run(&["--until-end", "--checkpoint", "300ms"]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     }
@@ -136,7 +136,7 @@ impl Lake {
         all
     }
 
-    fn backfill(&self, sink: &str, more: &[&str]) -> Backfilled {
+    pub fn backfill(&self, sink: &str, more: &[&str]) -> Backfilled {
         let out = self.case.command(&self.arguments(sink, more)).output().unwrap();
         let done = Backfilled::of(&out);
         assert!(out.status.success(), "{sink}: {}", done.log);
@@ -172,7 +172,7 @@ impl Lake {
     }
 
     /// Takes and adds rows of a table as another program would.
-    fn spoil(&self, folder: &str, python: &str) {
+    pub fn spoil(&self, folder: &str, python: &str) {
         let script = format!(
             "import sys\nfrom deltalake import DeltaTable, QueryBuilder, write_deltalake\n\
              table = DeltaTable(sys.argv[1])\n{python}\n"
@@ -186,7 +186,7 @@ impl Lake {
 }
 
 /// What a backfill printed.
-struct Backfilled {
+pub struct Backfilled {
     log: String,
     /// from, to, rows before, rows after, status
     rows: Vec<(String, String, String, String, String)>,
@@ -206,7 +206,7 @@ impl Backfilled {
         }
     }
 
-    fn count(&self, status: &str) -> usize {
+    pub fn count(&self, status: &str) -> usize {
         self.rows.iter().filter(|row| row.4 == status).count()
     }
 

@@ -4,6 +4,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use crate::backfill::{DAY, DAYS, FIRST, Lake};
 use crate::case::{Case, services};
 
 /// A view of which some rows fail, one with windows, an upserted table, a changelog of floats that are not exact, files.
@@ -184,4 +185,109 @@ fn a_stale_value_is_found(case: &Case) {
     assert_eq!((code, counts(&reports)), (1, [1, 0, 0]), "{reports:#}");
     let stale = &reports[0]["compared"]["first"][0]["differs"][0];
     assert_eq!((&stale[0], &stale[1]), (&"total_transactions_count".into(), &"987654".into()));
+}
+
+/// Three intervals, in a table of days.
+const INTERVALS: [&str; 6] = ["--from", "2026-01-02", "--to", "2026-01-04T18:00:00Z", "--step", "22 hours"];
+const BACKFILLED: [&str; 4] = ["hours_table", "total_table", "groups_table", "plain_table"];
+
+/// A sink is the same; gives its report.
+fn silent(lake: &Lake, sink: &str, backfilled: i64) -> Value {
+    let (code, reports) = lake.case.verify_sink(sink, &[]);
+    let report = reports[0].clone();
+    assert_eq!((code, &report["same"]), (0, &Value::Bool(true)), "{sink}: {report:#}");
+    assert_eq!(report["backfilled"], backfilled, "{sink}: {report:#}");
+    report
+}
+
+/// Late rows count where a backfill was, and only there; records that a replay appended too.
+#[tokio::test(flavor = "multi_thread")]
+async fn backfilled_intervals_have_their_late_rows() {
+    let Some(mut lake) = Lake::new("verify_backfilled").await else { return };
+    let hour = |hour: u64| FIRST + hour * DAY / 24;
+    let bad: String =
+        (30..110).map(|at| format!("{{\"t\":{},\"v\":60}}\n", hour(at))).collect::<Vec<_>>().concat();
+    std::fs::write(lake.case.path("input/0000-bad.ndjson"), bad).unwrap();
+    lake.stream();
+    replay(&lake);
+    let sum = |sink: &str| lake.case.query(&format!("SELECT count(*), sum({}) FROM {sink}", column_of(sink)));
+    for sink in BACKFILLED {
+        silent(&lake, sink, 0);
+        let before = sum(sink);
+        assert_eq!(lake.backfill(sink, &INTERVALS).count("written"), 3);
+        assert_ne!(before, sum(sink), "{sink}: late rows or replayed ones change it");
+        let report = silent(&lake, sink, 3);
+        assert_eq!(report["unproven"], Value::Array(Vec::new()), "{sink}: {report:#}");
+        let others = report["late_would_change"].as_i64();
+        assert_eq!(others > Some(0), sink != "plain_table", "{sink}: outside: {report:#}");
+    }
+
+    // The backup gets rows that the last interval would have, if it was backfilled now.
+    lake.input(DAYS * 24, DAYS * 24 + 12, 600);
+    let late: Vec<String> = (70..80).map(|at| format!("{{\"k\":1,\"t\":{},\"v\":77}}\n", hour(at))).collect();
+    std::fs::write(lake.case.path("input/0001-late.ndjson"), late.concat()).unwrap();
+    lake.stream();
+    for sink in BACKFILLED {
+        let planned = lake.backfill(sink, &[&INTERVALS[..], &["--dry-run"]].concat());
+        assert!(planned.count("planned") >= 1 && planned.count("unchanged") >= 1, "{sink}");
+        let report = silent(&lake, sink, 3);
+        assert_eq!(report["unproven"], Value::Array(Vec::new()), "{sink}: {report:#}");
+    }
+    planted_in_both_kinds(&lake);
+
+    // Old versions of the backup are gone: what they said cannot be proven.
+    let vacuum = "table.optimize.compact()\ntable.vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)";
+    lake.spoil("backup", vacuum);
+    let report = silent(&lake, "groups_table", 3);
+    let unproven = report["unproven"].as_array().unwrap();
+    assert!(unproven.iter().any(|what| what.as_str().unwrap().ends_with("is gone")), "{report:#}");
+    assert!(report["compared"]["equal"].as_i64() > Some(100), "{report:#}");
+}
+
+fn column_of(sink: &str) -> &str {
+    match sink {
+        "hours_table" | "groups_table" => "n",
+        "total_table" => "v_all",
+        _ => "v2",
+    }
+}
+
+/// By SQL that knows records without `k`.
+fn replay(lake: &Lake) {
+    let path = lake.case.path("transactions.sql");
+    let sql = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, sql.replace("k BIGINT NOT NULL, t", "k BIGINT, t")).unwrap();
+    let mut command = lake.case.command(&["dead-letters", "replay", "--kind", "missing_field"]);
+    let out = command.args(["--state", &lake.case.state, "--name", &lake.case.name]).output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() && said.contains("80 appended"), "{said}");
+    std::fs::write(&path, sql).unwrap();
+}
+
+/// Rows changed and rows taken, where a backfill was and where none was.
+fn planted_in_both_kinds(lake: &Lake) {
+    let during = |day: &str, hour: u32| {
+        format!("ts >= '{day}T{hour:02}:00:00Z' AND ts < '{day}T{:02}:00:00Z'", hour + 1)
+    };
+    for (sink, folder) in [("hours_table", "hours"), ("plain_table", "plain")] {
+        let column = column_of(sink);
+        for day in ["2026-01-02", "2026-01-05"] {
+            let (changed, taken) = (during(day, 12), during(day, 15));
+            let count = |which: &str| -> i64 {
+                let answer = lake.case.query(&format!("SELECT count(*) AS n FROM {sink} WHERE {which}"));
+                answer.lines().nth(1).unwrap().parse().unwrap()
+            };
+            let expected = [count(&changed), count(&taken), 0];
+            assert!(expected[0] > 0 && expected[1] > 0, "{sink}: {expected:?}");
+            let [from, to] = ["T12:00:00Z", "T16:00:00Z"].map(|time| format!("{day}{time}"));
+            let part = ["--from", &from, "--to", &to];
+            assert_eq!(lake.case.verify_sink(sink, &part).0, 0, "{sink}, {day}");
+            let set = format!(
+                "table.update(updates={{\"{column}\": \"{column} + 1000\"}}, predicate=\"{changed}\")"
+            );
+            lake.spoil(folder, &format!("{set}\ntable.delete(\"{taken}\")"));
+            let (code, reports) = lake.case.verify_sink(sink, &part);
+            assert_eq!((code, counts(&reports)), (1, expected), "{sink}, {day}: {reports:#}");
+        }
+    }
 }

@@ -3,6 +3,7 @@
 //! - **Which rows of the backup count**: those below the offsets that the sink has committed, without rows that a replay
 //!   appended (the stream never saw them), without rows that are dead letters of the sink or of a view below it, and for
 //!   views that close by time without late rows. Rows of views with state are compared up to `complete_until`.
+//! - **Intervals that were backfilled** have the batch answer, late rows included ([`backfilled`]).
 //! - **A backup** has nothing to be compared with but the accounts of its source: origins that stand twice, origins beyond
 //!   the committed offsets, and rows fewer than were accepted are differences.
 //! - **An online store** is compared with the newest row of each key over all rows that the backup has. Expired keys may be
@@ -12,6 +13,7 @@
 //! claimed or written. Both sides meet in one aggregation, which spills; only rows that differ are held.
 
 mod answer;
+mod backfilled;
 mod backup;
 pub mod compare;
 mod online;
@@ -25,12 +27,14 @@ use serde::Serialize;
 
 use super::history::Cut;
 use crate::connectors::delta::config::Mode;
+use crate::connectors::delta::replace::Interval;
 use crate::connectors::delta::table::{AsOf, provider_as_of};
 use crate::error::{Error, Result};
 use crate::plan::session::batch_session_within;
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, SourcePlan, StreamPlan};
 use crate::sql::{Catalog, SinkInput};
 use crate::stream::{END_OF_TIME, Micros};
+use backfilled::Backfilled;
 pub use backup::BackupReport;
 use compare::{Compared, Plan, Side, compare, quote};
 
@@ -66,6 +70,8 @@ pub struct Report {
     pub late: usize,
     pub dead_letters: usize,
     pub replayed: usize,
+    /// Intervals that were backfilled: their rows are compared with the batch answer, late rows included.
+    pub backfilled: usize,
     pub compared: Option<Compared>,
     pub backup: Option<BackupReport>,
     /// Rows that would differ if late rows counted.
@@ -179,6 +185,13 @@ impl Verifier<'_> {
                 None => Cut::default(),
             })
         };
+        let backfilled = match &backup {
+            Some(backup) if *mode == Mode::Append => {
+                let owner = state.manifest.state_id.to_string();
+                self.backfilled((location, committed.version), backup, &owner, report).await?
+            }
+            _ => Backfilled::default(),
+        };
         let session = batch_session_within(self.request.memory)?;
         let table = session.read_table(provider_as_of(location, AsOf::Version(committed.version)).await?)?;
         let mut columns: Vec<Expr> =
@@ -188,17 +201,30 @@ impl Verifier<'_> {
             columns.push(ident("_weight"));
         }
         session.register_table("__table", table.select(columns)?.into_view())?;
-        let applying = self.answer(&session, &cut(true)?, report).await?;
+        let stream = cut(true)?;
+        let mut applying = self.answer(&session, &stream, None, report).await?;
+        if let Some(inside) = self.inside(backfilled.known.iter().map(|(part, _)| *part)) {
+            applying.frame = applying.frame.filter(inside.is_not_true())?;
+            for (part, version) in &backfilled.known {
+                let cut = self.cut_of(*version, &stream, &left_out).await?;
+                let part = self.answer(&session, &cut, Some(*part), &mut Report::default()).await?;
+                applying.frame = applying.frame.union(part.frame)?;
+            }
+        }
         session.register_table("__answer", applying.frame.into_view())?;
         let mut plan = self.plan(Side { name: "__table", weight }, common.until)?;
+        plan.condition += &self.outside(&backfilled.unknown);
         plan.single_precision = applying.inexact;
         let key = |name: &String| self.sink.schema.index_of(name).ok();
         plan.key = mode.key().iter().filter_map(key).collect();
         report.compared = Some(compare(&session, &plan, &|_, _, _| false).await?);
         if backup.is_some() && left_out.late_rows() > 0 {
-            let complete = self.answer(&session, &cut(false)?, &mut Report::default()).await?;
+            let complete = self.answer(&session, &cut(false)?, None, &mut Report::default()).await?;
             session.register_table("__complete", complete.frame.into_view())?;
             plan.table = Side { name: "__complete", weight: "1" };
+            // Where late rows count already.
+            let known: Vec<Interval> = backfilled.known.iter().map(|(part, _)| *part).collect();
+            plan.condition += &self.outside(&known);
             let late = compare(&session, &plan, &|_, _, _| false).await?;
             report.late_would_change = Some(late.differences());
         }
@@ -232,9 +258,7 @@ impl Verifier<'_> {
                 return Err(Error::user(format!("the rows of {} have no time", self.sink.name))
                     .hint("Leave --from and --to out."));
             };
-            let column = quote(self.sink.schema.field(order).name());
-            let kind = "'Timestamp(Microsecond, Some(\"UTC\"))'";
-            conditions.push(format!("arrow_cast({column}, {kind}) {operator} arrow_cast({end}, {kind})"));
+            conditions.push(bound(self.sink.schema.field(order).name(), operator, end));
         }
         if let Some(share) = self.request.sample {
             conditions.push(self.sampled(share));
@@ -289,6 +313,12 @@ impl Verifier<'_> {
             (None, None) => fields.iter().take(1).map(|field| field.name().clone()).collect(),
         }
     }
+}
+
+/// A condition on a column of times, as SQL.
+fn bound(column: &str, operator: &str, end: Micros) -> String {
+    let kind = "'Timestamp(Microsecond, Some(\"UTC\"))'";
+    format!("arrow_cast({}, {kind}) {operator} arrow_cast({end}, {kind})", quote(column))
 }
 
 /// A time as people read it.

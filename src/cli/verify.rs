@@ -133,6 +133,9 @@ fn shown(report: &Report) -> String {
         "  left out: {} late, {} dead letters, {} replayed",
         report.late, report.dead_letters, report.replayed
     );
+    if report.backfilled > 0 {
+        let _ = writeln!(text, "  backfilled: {} intervals, where late rows count", report.backfilled);
+    }
     if let Some(backup) = &report.backup {
         let accepted = backup.accepted.map_or("unknown".to_owned(), |n| n.to_string());
         let _ = writeln!(

@@ -10,6 +10,7 @@ use deltalake_core::logstore::LogStoreRef;
 use super::{Clipped, Event, Finished, Interval, Listener, Method, Options, Outline, Planned};
 use crate::batch::history::{self, Backup, backup_of};
 use crate::connectors::delta::entries::{Added, added};
+use crate::connectors::delta::ledger;
 use crate::connectors::delta::replace::{Pinned, Replacer, progress};
 use crate::connectors::delta::{DeltaConfig, Mode};
 use crate::connectors::partition::time_text;
@@ -140,13 +141,8 @@ impl<'a> Prepared<'a> {
 
     /// Stands for the SQL, and for the state that owns the table.
     pub fn fingerprint(&self, pinned: Option<&Pinned>) -> i64 {
-        let owner = pinned.and_then(|pinned| pinned.state_id.as_deref()).unwrap_or_default();
-        // FNV-1a: the same in every build.
-        let bytes = self.fingerprint.bytes().chain([0]).chain(owner.bytes());
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
-        (hash >> 1) as i64
+        let owner = pinned.and_then(|pinned| pinned.state_id.as_deref());
+        ledger::fingerprint(&self.fingerprint, owner)
     }
 
     /// Pins the backup, once it has what the pinned sink has read.

@@ -14,6 +14,7 @@ use sqlparser::dialect::GenericDialect;
 use sqlparser::parser::Parser;
 
 use crate::batch::backfill::Permit;
+use crate::batch::window::with_windows;
 use crate::batch::{World, ask, asof, hidden, paths, register};
 use crate::connectors::delta::insert::{Inserter, transaction, unknown_columns};
 use crate::connectors::partition::time_text;

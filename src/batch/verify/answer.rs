@@ -12,10 +12,12 @@ use datafusion::logical_expr::expr::WindowFunction;
 use datafusion::logical_expr::{Expr, LogicalPlan, Volatility, WindowFunctionDefinition, cast};
 use datafusion::prelude::{SessionContext, ident};
 
+use super::backfilled::within;
 use super::{Report, Verifier, chain};
 use crate::batch::history::{Cut, register};
 use crate::batch::letters::{Filter, State};
 use crate::connectors::delta::config::stored_type;
+use crate::connectors::delta::replace::Interval;
 use crate::error::{Error, Place, Result};
 use crate::plan::session::{batch_session, stream_session};
 use crate::plan::source::all_sources;
@@ -32,7 +34,8 @@ const SKETCHES: [&str; 2] = ["approx_percentile", "approx_median"];
 /// (topic, partition, offset) of rows that are in the backup and not in the answer.
 pub struct LeftOut {
     late: RecordBatch,
-    others: RecordBatch,
+    letters: RecordBatch,
+    replayed: RecordBatch,
 }
 
 impl LeftOut {
@@ -40,15 +43,27 @@ impl LeftOut {
         self.late.num_rows()
     }
 
+    pub fn replayed(&self) -> &RecordBatch {
+        &self.replayed
+    }
+
     pub fn all(&self) -> Result<RecordBatch> {
-        let schema = Arc::new(letters_schema().project(&[4, 5, 6])?);
-        Ok(concat_batches(&schema, [&self.late, &self.others])?)
+        of([&self.late, &self.letters, &self.replayed])
     }
 
     pub fn without_late(&self) -> Result<RecordBatch> {
-        let schema = Arc::new(letters_schema().project(&[4, 5, 6])?);
-        Ok(concat_batches(&schema, [&self.others])?)
+        of([&self.letters, &self.replayed])
     }
+
+    /// Where some of the replayed records are left out alone.
+    pub fn with_replayed(&self, replayed: &[RecordBatch]) -> Result<RecordBatch> {
+        of([&self.late, &self.letters].into_iter().chain(replayed))
+    }
+}
+
+fn of<'b>(parts: impl IntoIterator<Item = &'b RecordBatch>) -> Result<RecordBatch> {
+    let schema = Arc::new(letters_schema().project(&[4, 5, 6])?);
+    Ok(concat_batches(&schema, parts)?)
 }
 
 pub struct Answer {
@@ -85,7 +100,7 @@ impl Verifier<'_> {
         report.late = late.num_rows();
         report.dead_letters = letters.num_rows();
         report.replayed = replayed.num_rows();
-        Ok(LeftOut { late, others: concat_batches(&letters.schema(), [&letters, &replayed])? })
+        Ok(LeftOut { late, letters, replayed })
     }
 
     /// Names of the sink and of the views below it, and which of these are above a window or group.
@@ -125,12 +140,26 @@ impl Verifier<'_> {
         Ok(filter_record_batch(late, &applies.collect())?)
     }
 
-    /// The sink's query over the rows of a cut.
-    pub async fn answer(&self, session: &SessionContext, cut: &Cut, report: &mut Report) -> Result<Answer> {
+    /// The sink's query over the rows of a cut; its rows of one interval, as a backfill computes them.
+    pub async fn answer(
+        &self,
+        session: &SessionContext,
+        cut: &Cut,
+        part: Option<Interval>,
+        report: &mut Report,
+    ) -> Result<Answer> {
         let (catalog, plan) = (self.request.catalog, self.request.plan);
         let planning = batch_session()?;
         let sources = all_sources(&stream_session()?, catalog)?;
         register(&planning, catalog, plan, self.source, cut).await?;
+        if let Some((part, time)) = part.zip(self.source.event_time) {
+            let name = quoted(&self.source.name);
+            let rows = planning.deregister_table(name.clone())?;
+            let rows = rows.ok_or_else(|| Error::internal("a backup that was registered is not there"))?;
+            let time = self.source.schema.field(time).name();
+            let rows = planning.read_table(rows)?.filter(within(time, self.sees(part)))?;
+            planning.register_table(name, rows.into_view())?;
+        }
         let declared = catalog.sink(&self.sink.name);
         let declared = declared.ok_or_else(|| Error::internal("a sink that no statement declares"))?;
         let mut views = ViewPlanner::new(&planning, catalog, &sources);
@@ -146,7 +175,11 @@ impl Verifier<'_> {
             let kind = if delta { stored_type(field.data_type())? } else { field.data_type().clone() };
             Ok(cast(ident(field.name()), kind).alias(field.name()))
         });
-        Ok(Answer { frame: frame.select(columns.collect::<Result<Vec<_>>>()?)?, inexact })
+        let mut frame = frame.select(columns.collect::<Result<Vec<_>>>()?)?;
+        if let Some(inside) = part.and_then(|part| self.inside([part])) {
+            frame = frame.filter(inside)?;
+        }
+        Ok(Answer { frame, inexact })
     }
 
     /// What the answer of today need not be the answer that the stream gave. `true`: the last digits of floats.

@@ -43,7 +43,7 @@ impl Verifier<'_> {
         let fields = self.sink.schema.fields().iter().map(|field| field.as_ref().clone().with_nullable(true));
         let schema = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
         session.register_table("__table", Arc::new(MemTable::try_new(schema, vec![rows])?))?;
-        let all = self.answer(&session, &cut, report).await?;
+        let all = self.answer(&session, &cut, None, report).await?;
         session.register_table("__all", all.frame.into_view())?;
         let newest = session.sql(&self.newest_sql()).await?;
         session.register_table("__answer", newest.into_view())?;

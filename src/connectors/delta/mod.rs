@@ -11,6 +11,7 @@ pub mod config;
 pub mod entries;
 pub mod history;
 pub mod insert;
+pub mod ledger;
 mod log;
 pub mod replace;
 mod schema;

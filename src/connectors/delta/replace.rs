@@ -41,7 +41,9 @@ use serde_json::{Value, json};
 
 use super::committer::STATE_PROPERTY;
 use super::config::DeltaConfig;
-use super::entries::{Txn, extent, lines, micros, transactions};
+use super::entries::{Txn, extent, lines, transactions};
+pub use super::ledger::Finished;
+use super::ledger::of_transactions;
 use super::log::{create_entry, file_name};
 use super::store::{existing_table, failed};
 use super::table::provider_of_files;
@@ -83,18 +85,6 @@ impl std::fmt::Display for Interval {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} to {}", time_text(self.from), time_text(self.to))
     }
-}
-
-/// What the ledger says of an interval that was replaced.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finished {
-    pub interval: Interval,
-    pub turn: i64,
-    pub fingerprint: i64,
-    pub rows: Option<i64>,
-    pub backup_version: Option<u64>,
-    /// ms since the epoch.
-    pub finished_at: Option<i64>,
 }
 
 /// The table of one sink.
@@ -160,20 +150,7 @@ impl Pinned {
     }
 
     pub fn ledger(&self) -> Vec<Finished> {
-        let prefix = format!("{}/backfill/", self.app);
-        let fact = |id: &str, name: &str| self.txns.get(&format!("{id}/{name}")).map(|txn| txn.version);
-        let of = |(id, txn): (&String, &Txn)| {
-            let (from, to) = id.strip_prefix(&prefix)?.split_once('/')?;
-            Some(Finished {
-                interval: Interval { from: micros(from)?, to: micros(to)? },
-                turn: txn.version,
-                fingerprint: fact(id, "fingerprint")?,
-                rows: fact(id, "rows"),
-                backup_version: fact(id, "backup").and_then(|version| u64::try_from(version).ok()),
-                finished_at: txn.updated,
-            })
-        };
-        self.txns.iter().filter_map(of).collect()
+        of_transactions(&self.txns, &self.app)
     }
 
     fn turn(&self) -> i64 {

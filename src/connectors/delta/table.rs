@@ -124,7 +124,7 @@ pub async fn progress(location: &str, applications: &[String]) -> Result<Progres
     })
 }
 
-async fn load(location: &str, as_of: AsOf) -> Result<DeltaTable> {
+pub(super) async fn load(location: &str, as_of: AsOf) -> Result<DeltaTable> {
     let absent = || {
         let hint = "It appears when the pipeline commits its first rows.";
         Error::external(format!("there is no Delta table at {location} yet")).hint(hint)
