@@ -44,7 +44,7 @@ fn admin(case: &Case) -> AdminClient<DefaultClientContext> {
 }
 
 /// The broker forgets what it has.
-async fn expire(case: &Case) {
+pub async fn expire(case: &Case) {
     let mut offsets = TopicPartitionList::new();
     for partition in 0..4 {
         offsets.add_partition_offset(&case.topic, partition, Offset::End).unwrap();
@@ -105,7 +105,7 @@ pub fn wait_until_stopped(process: u32) {
 }
 
 /// Runs until the process kills itself at a point of `stream::crash`.
-fn crash_at(at: &str, mut command: Command, case: &Case) {
+pub fn crash_at(at: &str, mut command: Command, case: &Case) {
     println!("  {at}");
     command.env("MILLSTREAM_CRASH_AT", at);
     let mut process = spawned(command, "crash.log", case);

@@ -24,6 +24,7 @@ mod dev;
 mod disk;
 mod faults;
 mod fixtures;
+mod foreign;
 mod groups;
 mod layout;
 mod letters;

@@ -107,8 +107,10 @@ fn statements(connector: &str, role: Role, options: &[&OptionDoc], one: &OptionD
     match role {
         Role::Source => {
             let with = given(options, connector, one, &[]);
+            let history =
+                if one.name.starts_with("history.") { ", history = 'transactions_backup'" } else { "" };
             format!(
-                "{source} WITH ({with}); CREATE SINK transactions_backup FROM s WITH (connector = 'blackhole');"
+                "{source} WITH ({with}{history}); CREATE SINK transactions_backup FROM s WITH (connector = 'blackhole');"
             )
         }
         Role::Sink => {

@@ -25,19 +25,12 @@ use crate::error::{Error, Place, Result};
 #[cfg(feature = "delta")]
 use crate::plan::SinkKind;
 use crate::plan::session::stream_session;
+pub use crate::plan::source::Backup;
 use crate::plan::source::{METADATA, all_sources};
 use crate::plan::tables::scans;
 use crate::plan::views::{ViewPlanner, located, quoted};
 use crate::plan::{SourcePlan, StreamPlan};
-use crate::sql::{Catalog, CreateSource, CreateTable, SinkInput};
-
-/// Where the history of a source lies.
-#[derive(Debug, Clone)]
-pub enum Backup {
-    /// Location of a Delta table.
-    Delta(String),
-    Table(Box<CreateTable>),
-}
+use crate::sql::{Catalog, CreateSource, SinkInput};
 
 /// Which rows of a backup count.
 #[derive(Debug, Clone, Default)]
@@ -155,8 +148,8 @@ fn shaped(
     let mut columns: Vec<Expr> = Vec::new();
     for field in source.schema.fields() {
         let (name, kind) = (field.name(), field.data_type());
-        if stored(name) {
-            columns.push(cast(ident(name), kind.clone()).alias(name));
+        if stored(in_history(source, name)) {
+            columns.push(cast(ident(in_history(source, name)), kind.clone()).alias(name));
         } else if METADATA.contains(&name.as_str()) || field.is_nullable() && !computed(name) {
             columns.push(lit(ScalarValue::try_from(kind)?).alias(name));
         } else if !computed(name) {
@@ -181,6 +174,17 @@ fn shaped(
     }
     let all: Vec<Expr> = source.schema.fields().iter().map(|field| ident(field.name())).collect();
     Ok(rows.select(all)?)
+}
+
+/// A column's name in the backup: somebody else may call the place of a record otherwise.
+fn in_history<'n>(source: &'n SourcePlan, name: &'n str) -> &'n str {
+    let options = &source.history_options;
+    let theirs = match name {
+        "_partition" => &options.partition_column,
+        "_offset" => &options.offset_column,
+        _ => &None,
+    };
+    theirs.as_deref().unwrap_or(name)
 }
 
 /// The rows of the cut.

@@ -69,7 +69,9 @@ pub async fn run(args: ResetArgs) -> Result<()> {
 async fn sinks(files: &Files, manifest: &Manifest) -> Result<Vec<String>> {
     if files.files.iter().any(|path| path.exists()) {
         let plan = crate::plan::sinks::plan(&load(files)?, &[]).await?;
-        let backup = plan.source().and_then(|(_, source)| source.backup.clone());
+        let backup = plan
+            .source()
+            .and_then(|(_, source)| source.backup.as_ref().map(crate::plan::source::Backup::location));
         return Ok(plan.sinks().map(|(_, sink)| consequence(sink, backup.as_deref())).collect());
     }
     let tables = manifest.commits.iter().map(|commit| table(&commit.sink, &commit.location));

@@ -190,7 +190,7 @@ const SOURCE_TIME: &[OptionDoc] = &[
         "sink or table",
         NONE,
         "transactions_backup",
-        "The backup of this source, a Delta table: a pipeline without state begins with its rows, and goes on in the topic at exactly the next offset.",
+        "The backup of this source, a Delta table (for a Kafka source also files that somebody else wrote): a pipeline without state begins with its rows, and goes on in the topic at exactly the next offset.",
     ),
 ];
 const SINK: &[OptionDoc] = &[CONNECTOR];
@@ -270,6 +270,27 @@ const KAFKA_SOURCE: &[OptionDoc] = &[
         "millstream-<pipeline>-<source>",
         "features",
         "Where offsets are committed to after each checkpoint, for lag tools. The truth is the state.",
+    ),
+    option(
+        "history.partition_column",
+        "column",
+        "_partition",
+        "kafka_partition",
+        "Of a history that somebody else wrote: the column, or folders column=value, that says which partition a record was in.",
+    ),
+    option(
+        "history.offset_column",
+        "column",
+        "_offset",
+        "kafka_offset",
+        "Of a history that somebody else wrote: the column that says which offset a record had. Without one there must be history.end_offsets.",
+    ),
+    option(
+        "history.end_offsets",
+        "offsets per partition",
+        "behind its last row",
+        "0:1200, 1:1180",
+        "Of a history that somebody else wrote: the offsets at which the topic goes on, on your word.",
     ),
     LIBRDKAFKA,
 ];

@@ -24,7 +24,7 @@ use crate::plan::group::contains_group;
 use crate::plan::letters;
 use crate::plan::lower::{Emission, Lowered, Lowering};
 use crate::plan::session::stream_session;
-use crate::plan::source::all_sources;
+use crate::plan::source::{Backup, all_sources};
 use crate::plan::tables::scans;
 use crate::plan::targets;
 use crate::plan::views::ViewPlanner;
@@ -206,18 +206,18 @@ fn check_history(catalog: &Catalog, sources: &BTreeMap<String, Arc<SourcePlan>>)
     Ok(())
 }
 
-/// Location of a source's backup, whether its sink is among those that are planned or not.
-fn backup(catalog: &Catalog, source: &SourcePlan) -> Result<Option<String>> {
+/// A source's backup, whether its sink is among those that are planned or not.
+fn backup(catalog: &Catalog, source: &SourcePlan) -> Result<Option<Backup>> {
     let Some(history) = &source.history else { return Ok(None) };
+    let table = catalog.table(history);
     let sink = catalog.sink(history).map(|sink| &sink.options);
-    let Some(options) = sink.or_else(|| catalog.table(history).map(|table| &table.options)) else {
-        return Ok(None);
-    };
+    let Some(options) = sink.or_else(|| table.map(|table| &table.options)) else { return Ok(None) };
     let mut options = options.clone();
-    match options.string("connector")?.as_deref() {
-        Some("delta") => options.string("location"),
-        _ => Ok(None),
-    }
+    Ok(match options.string("connector")?.as_deref() {
+        Some("delta") => options.string("location")?.map(Backup::Delta),
+        Some("parquet" | "csv" | "ndjson") => table.map(|table| Backup::Table(Box::new(table.clone()))),
+        _ => None,
+    })
 }
 
 async fn sink_input(views: &mut ViewPlanner<'_>, sink: &CreateSink) -> Result<LogicalPlan> {

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::common::DFSchema;
+use datafusion::logical_expr::Expr;
 use datafusion::physical_expr::expressions::Column;
 use datafusion::physical_expr::utils::collect_columns;
 use datafusion::physical_plan::PhysicalExpr;
@@ -25,7 +26,7 @@ use crate::connectors::records::RecordTopic;
 use crate::connectors::reference::{self, Role};
 use crate::error::{Error, Result};
 use crate::sql::options::Options;
-use crate::sql::{Catalog, CreateSource, interval};
+use crate::sql::{Catalog, CreateSource, CreateTable, interval};
 use crate::stream::{Micros, timestamp_type};
 
 #[derive(Debug, Clone)]
@@ -46,6 +47,8 @@ pub struct SourcePlan {
     pub physical: SchemaRef,
     /// Evaluated in order over physical columns and the computed ones before them.
     pub computed: Vec<(Arc<dyn PhysicalExpr>, Field)>,
+    /// The same, for rows that are queried.
+    pub computed_sql: Vec<(Expr, Field)>,
     /// All columns: physical, computed, metadata.
     pub schema: SchemaRef,
     /// How many leading columns `SELECT *` shows.
@@ -58,8 +61,69 @@ pub struct SourcePlan {
     pub on_error: OnError,
     /// Name of the backup.
     pub history: Option<String>,
-    /// Location of the backup, if it is a Delta table; filled in with the sinks of the plan.
-    pub backup: Option<String>,
+    pub history_options: HistoryOptions,
+    /// Where the backup lies, if it can be read as the topic; filled in with the sinks of the plan.
+    pub backup: Option<Backup>,
+}
+
+/// Where the history of a source lies.
+#[derive(Debug, Clone)]
+pub enum Backup {
+    /// Location of a Delta table.
+    Delta(String),
+    Table(Box<CreateTable>),
+}
+
+impl Backup {
+    pub fn location(&self) -> String {
+        match self {
+            Self::Delta(location) => location.clone(),
+            Self::Table(table) => table.options.shown("location").unwrap_or_else(|| table.name.clone()),
+        }
+    }
+}
+
+/// How a history that somebody else wrote is read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HistoryOptions {
+    /// The columns that say which record a row comes from, if not `_partition` and `_offset`.
+    pub partition_column: Option<String>,
+    pub offset_column: Option<String>,
+    /// The next offset of each partition, on the user's word.
+    pub end_offsets: Option<BTreeMap<i32, i64>>,
+}
+
+impl HistoryOptions {
+    fn from_options(options: &mut Options) -> Result<Self> {
+        let end_offsets = match options.string("history.end_offsets")? {
+            None => None,
+            Some(text) => Some(offsets(&text).ok_or_else(|| {
+                let message = format!("history.end_offsets = '{text}' is no list of offsets");
+                let error =
+                    Error::user(message).hint("Write the next offset of each partition: 0:1200, 1:1180.");
+                match options.place("history.end_offsets") {
+                    Some(place) => error.at(place),
+                    None => error,
+                }
+            })?),
+        };
+        Ok(Self {
+            partition_column: options.string("history.partition_column")?,
+            offset_column: options.string("history.offset_column")?,
+            end_offsets,
+        })
+    }
+}
+
+#[cfg(feature = "kafka")]
+fn offsets(text: &str) -> Option<BTreeMap<i32, i64>> {
+    let offsets = crate::connectors::kafka::offsets_of(text.trim())?;
+    Some(offsets.into_iter().collect())
+}
+
+#[cfg(not(feature = "kafka"))]
+fn offsets(_: &str) -> Option<BTreeMap<i32, i64>> {
+    None
 }
 
 /// The sources of a catalog by name.
@@ -88,13 +152,25 @@ impl SourcePlan {
         let physical: Vec<Field> =
             source.columns.iter().map(|c| Field::new(&c.name, c.data_type.clone(), c.nullable)).collect();
         let physical = Arc::new(Schema::new(physical));
-        let computed = computed_columns(session, source, &physical)?;
+        let (computed, logical) = computed_columns(session, source, &physical)?;
         let mut options = source.options.clone();
         let connector = options.required("connector").map_err(|error| error.at(source.place.clone()))?;
         options.declare(reference::options(&connector, Role::Source));
         let max_future = options.duration("max_future")?.unwrap_or(Duration::from_secs(86_400));
         let idle_timeout = options.duration("idle_timeout")?.unwrap_or(Duration::from_secs(60));
         let history = options.string("history")?;
+        // Only the topic of Kafka is gone on with behind a history.
+        let history_options = match connector.as_str() {
+            "kafka" => HistoryOptions::from_options(&mut options)?,
+            _ => HistoryOptions::default(),
+        };
+        if history.is_none() && history_options != HistoryOptions::default() {
+            let message =
+                format!("source {}: history.* says how a history is read, and there is none", source.name);
+            return Err(Error::user(message)
+                .hint("Name it: history = 'a sink or a table'.")
+                .at(source.place.clone()));
+        }
         let (kind, has_metadata) = connector_of(&connector, source, &mut options, &physical)?;
         let on_error = match &kind {
             #[cfg(feature = "kafka")]
@@ -123,6 +199,8 @@ impl SourcePlan {
             idle_timeout,
             on_error,
             history,
+            history_options,
+            computed_sql: logical,
             backup: None,
         })
     }
@@ -188,10 +266,10 @@ fn computed_columns(
     session: &SessionContext,
     source: &CreateSource,
     physical: &SchemaRef,
-) -> Result<Vec<(Arc<dyn PhysicalExpr>, Field)>> {
+) -> Result<(Vec<(Arc<dyn PhysicalExpr>, Field)>, Vec<(Expr, Field)>)> {
     let state = session.state();
     let mut fields: Vec<Field> = physical.fields().iter().map(|f| f.as_ref().clone()).collect();
-    let mut computed = Vec::new();
+    let (mut computed, mut logical) = (Vec::new(), Vec::new());
     for column in &source.computed {
         let place = || column.place.clone();
         if fields.iter().any(|field| field.name() == &column.name) {
@@ -204,6 +282,7 @@ fn computed_columns(
             Error::from(e).context(format_args!("computed column {}", column.name)).at(place())
         };
         let expr = state.create_logical_expr_from_sql_expr(sql, &df_schema).map_err(plan)?;
+        let sql = expr.clone();
         let expr = state.create_physical_expr(expr, &df_schema).map_err(plan)?;
         let from = expr.data_type(&schema)?;
         let to = column.data_type.clone().unwrap_or_else(|| super::lower::storable_type(&from));
@@ -215,9 +294,10 @@ fn computed_columns(
         let nullable = expr.nullable(&schema)?;
         let field = Field::new(&column.name, to, nullable);
         fields.push(field.clone());
+        logical.push((sql, field.clone()));
         computed.push((expr, field));
     }
-    Ok(computed)
+    Ok((computed, logical))
 }
 
 fn event_time(source: &CreateSource, fields: &[Field]) -> Result<Option<usize>> {

@@ -9,7 +9,10 @@ use std::time::Duration;
 use arrow::datatypes::{Field, Schema};
 use datafusion::catalog::TableProvider;
 use datafusion::common::tree_node::{Transformed, TreeNode};
+use datafusion::datasource::listing::{ListingTable, ListingTableConfig, ListingTableUrl};
 use datafusion::datasource::provider_as_source;
+use datafusion::error::DataFusionError;
+use datafusion::execution::options::ReadOptions;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::{CsvReadOptions, JsonReadOptions, ParquetReadOptions, SessionContext};
 use url::Url;
@@ -116,6 +119,36 @@ impl Settings {
     }
 }
 
+/// Parquet files. Below a folder, folders named `column=value` are columns: of their declared type, else text.
+async fn parquet(
+    session: &SessionContext,
+    location: &str,
+    declared: Option<&Schema>,
+) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+    let state = session.state();
+    let options = ParquetReadOptions::default()
+        .to_listing_options(&session.copied_config(), session.copied_table_options());
+    let plain = ListingTableConfig::new(ListingTableUrl::parse(location)?).with_listing_options(options);
+    // Folders of several kinds have no columns.
+    let config = plain.clone().infer_partitions_from_path(&state).await.unwrap_or(plain);
+    let Some(declared) = declared else {
+        return Ok(Arc::new(ListingTable::try_new(config.infer_schema(&state).await?)?));
+    };
+    let Some(mut options) = config.options.clone() else {
+        return Ok(Arc::new(ListingTable::try_new(config)?));
+    };
+    for (name, kind) in &mut options.table_partition_cols {
+        if let Ok(field) = declared.field_with_name(name) {
+            *kind = field.data_type().clone();
+        }
+    }
+    let folders = &options.table_partition_cols;
+    let in_files = |field: &&Arc<Field>| !folders.iter().any(|(name, _)| name == field.name());
+    let fields: Vec<Arc<Field>> = declared.fields().iter().filter(in_files).cloned().collect();
+    let config = config.with_schema(Arc::new(Schema::new(fields))).with_listing_options(options);
+    Ok(Arc::new(ListingTable::try_new(config)?))
+}
+
 /// Makes a table known to a session.
 ///
 /// # Errors
@@ -131,7 +164,7 @@ pub async fn register(session: &SessionContext, table: &CreateTable) -> Result<(
     let settings = Settings::of(table)?;
     let Settings { connector, location, .. } = &settings;
     let name = quoted(&table.name);
-    let unreadable = |error: datafusion::error::DataFusionError| {
+    let unreadable = |error: DataFusionError| {
         Error::external(format!("table {}: {location} cannot be read", table.name))
             .because(error.strip_backtrace())
             .hint("Check the location, and that the files are what connector and columns say.")
@@ -150,8 +183,8 @@ pub async fn register(session: &SessionContext, table: &CreateTable) -> Result<(
             session.register_table(name, crate::connectors::delta::table::provider(location).await?)?;
         }
         "parquet" => {
-            let options = ParquetReadOptions { schema: declared, ..Default::default() };
-            session.register_parquet(name, location, options).await.map_err(unreadable)?;
+            let table = parquet(session, location, declared).await.map_err(unreadable)?;
+            session.register_table(name, table)?;
         }
         "csv" => {
             let mut options = CsvReadOptions::new().has_header(settings.header);

@@ -37,18 +37,23 @@
 //! - *Online stores* are held back until every partition has passed H: what was served stays, no value of the past is
 //!   shown, and each key is written once.
 //!
+//! # A backup that somebody else wrote
+//! A Delta table whose log names no offsets, or plain files: see [`foreign`].
+//!
 //! Dead letters and tombstones of the past are no rows of the backup and not counted again. A future row cannot be in it.
 
 mod feed;
+mod foreign;
+mod origins;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::sync::mpsc::channel;
 
-use crate::connectors::delta::history::{Pinned, Rows, pin};
 use crate::connectors::{PartitionInfo, SourceConnector, SourceReader};
 use crate::error::{Error, Result};
+use crate::plan::source::Backup;
 use crate::plan::{NodeId, NodeKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
 use crate::runtime::discovery::shard_of;
 use crate::runtime::metrics::SourceMetrics;
@@ -57,6 +62,7 @@ use crate::state::manifest::{HistoryProgress, Manifest, PartitionProgress};
 use crate::stream::{Place, Positions};
 
 use feed::{Feeder, HistoryReader};
+use foreign::Book;
 
 /// Pieces that wait for a shard.
 const CHANNEL: usize = 8;
@@ -85,9 +91,10 @@ pub async fn beginning(
 ) -> Result<Beginning> {
     let Some((_, source_plan)) = plan.source() else { return Err(Error::internal("a plan without source")) };
     let progress = progress_of(latest, source_plan);
-    let Some(location) = history_of(source_plan) else {
+    let Some(book) = Book::of(source_plan) else {
         return from_topic(source_plan, progress, source, seen, allow_gap).await;
     };
+    let location = book.location.as_str();
     let topic = source.topics().first().cloned().unwrap_or_else(|| "".into());
     let known = progress.and_then(|progress| progress.history.as_ref());
     let behind = |at: &Positions| seen.iter().any(|p| at.get(place_of(p)).is_some_and(|at| at < p.low));
@@ -98,17 +105,17 @@ pub async fn beginning(
     // What follows the history has expired: its newest version may have it.
     let version =
         known.filter(|known| known.location == location && !behind(&until)).map(|known| known.version);
-    let pinned = match pin(location, &topic, version).await {
+    let pinned = match book.pin(&topic, version).await {
         Err(error) if version.is_some() => {
             tracing::warn!(%error, "the version that the bootstrap began with is gone; going on with the newest");
-            pin(location, &topic, None).await?
+            book.pin(&topic, None).await?
         }
         pinned => pinned?,
     };
     let Some(mut pinned) = pinned else {
         return from_topic(source_plan, progress, source, seen, allow_gap).await;
     };
-    complete(&mut pinned, location, &topic, source_plan).await?;
+    book.complete(&mut pinned, &topic, progress.is_none().then_some(allow_gap)).await?;
     // Looked at after the pin: the backup cannot be ahead of it.
     let partitions = source.partitions().await?;
     let contiguity = Contiguity { topic: &topic, partitions: &partitions, backup: &pinned.next, allow_gap };
@@ -131,7 +138,7 @@ pub async fn beginning(
         return Ok(Beginning { partitions, positions, bootstrap: None });
     }
     // What the backup lacks is said before anything is written.
-    Rows::open(location, version, &topic, &source_plan.physical, time_of(source_plan)).await?;
+    book.check(version, &topic).await?;
     let bootstrap = Bootstrap { location: location.to_owned(), version, topic, until, allow_gap };
     Ok(Beginning { partitions, positions, bootstrap: Some(bootstrap) })
 }
@@ -144,11 +151,11 @@ fn ends_of(known: &HistoryProgress) -> Positions {
     known.until.iter().map(|p| (Place::new(0, p.topic, p.partition), p.next_offset)).collect()
 }
 
-/// Where the history of a source lies, if it can be read as the topic.
-fn history_of(source: &SourcePlan) -> Option<&str> {
+/// The history of a source, if it can be read as the topic.
+fn history_of(source: &SourcePlan) -> Option<&Backup> {
     match &source.kind {
         #[cfg(feature = "kafka")]
-        SourceKind::Kafka(_) => source.backup.as_deref(),
+        SourceKind::Kafka(_) => source.backup.as_ref(),
         _ => None,
     }
 }
@@ -162,22 +169,13 @@ fn is_backup(plan: &StreamPlan, node: NodeId, location: &str) -> bool {
 pub fn continues(plan: &StreamPlan, node: NodeId, latest: Option<&Manifest>) -> bool {
     let Some((_, source)) = plan.source() else { return false };
     let location = history_of(source).filter(|_| progress_of(latest, source).is_none());
-    location.is_some_and(|location| is_backup(plan, node, location))
+    location.is_some_and(|backup| is_backup(plan, node, &backup.location()))
 }
 
 /// Below which offsets a sink has all rows already.
 pub fn floor(plan: &StreamPlan, node: NodeId, bootstrap: Option<&Bootstrap>) -> Positions {
     let own = bootstrap.filter(|bootstrap| is_backup(plan, node, &bootstrap.location));
     own.map(|bootstrap| bootstrap.until.clone()).unwrap_or_default()
-}
-
-/// A table whose log says nothing of offsets was written by somebody else: it has what its rows say.
-async fn complete(pinned: &mut Pinned, location: &str, topic: &str, source: &SourcePlan) -> Result<()> {
-    if pinned.next.is_empty() {
-        let rows = Rows::open(location, pinned.version, topic, &source.physical, time_of(source)).await?;
-        pinned.next = rows.ends().await?;
-    }
-    Ok(())
 }
 
 fn time_of(source: &SourcePlan) -> Option<&str> {

@@ -9,8 +9,9 @@
 //!
 //! # What a backup says of itself
 //! A commit of our own sink names the next offset of every partition: below it the backup has every record that became a
-//! row ([`pin`]). A table of somebody else holds what it holds: its rows end where they end ([`Rows::ends`]).
+//! row ([`pin`]). A table of somebody else holds what it holds: its rows say which records they come from ([`Rows::origins`]).
 
+use std::any::Any;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use arrow::array::{ArrayRef, AsArray, BinaryArray, Int64Array, RecordBatch, UInt
 use arrow::compute::{concat_batches, take_record_batch};
 use arrow::datatypes::{DataType, Int32Type, Int64Type, SchemaRef};
 use datafusion::catalog::TableProvider;
+use datafusion::execution::SendableRecordBatchStream;
 use datafusion::functions_aggregate::expr_fn::{count, max, min};
 use datafusion::logical_expr::{Expr, cast, lit};
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext, ident};
@@ -114,6 +116,10 @@ pub struct Rows {
     columns: SchemaRef,
     /// The column by which partitions are read side by side.
     time: Option<String>,
+    /// Of a row without that time nothing is known, so bounds of time leave no row out.
+    timeless: bool,
+    /// What the rows lie in, for as long as they are read.
+    _kept: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Rows {
@@ -129,6 +135,20 @@ impl Rows {
         time: Option<&str>,
     ) -> Result<Self> {
         let table = provider_as_of(location, AsOf::Version(version)).await?;
+        Self::of(table, location, topic, columns, time)
+    }
+
+    /// The rows of a table that is open.
+    ///
+    /// # Errors
+    /// User: it stores no offsets, or lacks a column.
+    pub fn of(
+        table: Arc<dyn TableProvider>,
+        location: &str,
+        topic: &str,
+        columns: &SchemaRef,
+        time: Option<&str>,
+    ) -> Result<Self> {
         let schema = table.schema();
         let is_time =
             |name: &&str| schema.field_with_name(name).is_ok_and(|f| *f.data_type() == timestamp_type());
@@ -161,7 +181,25 @@ impl Rows {
             topic: topic.to_owned(),
             columns: Arc::clone(columns),
             time,
+            timeless: false,
+            _kept: None,
         })
+    }
+
+    /// The same of a table that somebody else wrote, known to this session: rows may have no time. `kept`: what it lies
+    /// in.
+    #[must_use]
+    pub fn of_others(self, session: SessionContext, kept: Option<Arc<dyn Any + Send + Sync>>) -> Self {
+        Self { timeless: true, session, _kept: kept, ..self }
+    }
+
+    /// Partition and offset of every row, in any order.
+    ///
+    /// # Errors
+    /// External: the store failed.
+    pub async fn origins(&self) -> Result<SendableRecordBatchStream> {
+        let offset = cast(ident("_offset"), DataType::Int64).alias("o");
+        Ok(self.topic_rows()?.select(vec![partition().alias("p"), offset])?.execute_stream().await?)
     }
 
     fn stores(&self, column: &str) -> bool {
@@ -174,22 +212,6 @@ impl Rows {
             true => Ok(rows.filter(ident("_topic").eq(lit(self.topic.as_str())))?),
             false => Ok(rows),
         }
-    }
-
-    /// Where the rows of each partition end, for a table that was written by somebody else.
-    ///
-    /// # Errors
-    /// External: the store failed.
-    pub async fn ends(&self) -> Result<BTreeMap<i32, i64>> {
-        let next = (max(cast(ident("_offset"), DataType::Int64)) + lit(1i64)).alias("next");
-        let rows = self.topic_rows()?.aggregate(vec![partition().alias("p")], vec![next])?.collect().await?;
-        let mut ends = BTreeMap::new();
-        for batch in rows {
-            let (p, next) =
-                (batch.column(0).as_primitive::<Int32Type>(), batch.column(1).as_primitive::<Int64Type>());
-            ends.extend(p.values().iter().copied().zip(next.values().iter().copied()));
-        }
-        Ok(ends)
     }
 
     /// What there is in the spans, in the order of reading.
@@ -239,7 +261,7 @@ impl Rows {
         let Some(within) = within(&joined(buckets)) else { return Ok((Vec::new(), 0)) };
         let mut rows = self.topic_rows()?.filter(within)?;
         let times = buckets.iter().map(|b| b.least).min().zip(buckets.iter().map(|b| b.greatest).max());
-        if let Some((time, (least, greatest))) = self.time.as_ref().zip(times) {
+        if let Some((time, (least, greatest))) = self.time.as_ref().filter(|_| !self.timeless).zip(times) {
             let at = |micros| lit(ScalarValue::TimestampMicrosecond(Some(micros), Some("UTC".into())));
             rows = rows.filter(ident(time).between(at(least), at(greatest)))?;
         }

@@ -182,22 +182,26 @@ impl ScanStartup {
         if let Some(micros) = timestamp_micros(text) {
             return Some(Self::Timestamp(micros.div_euclid(1_000)));
         }
-        let flink = text.starts_with("partition:");
-        let pair = |entry: &str| {
-            let entry = entry.trim();
-            let (partition, offset) = match flink {
-                true => entry.strip_prefix("partition:")?.split_once(",offset:")?,
-                false => entry.split_once(':')?,
-            };
-            let (partition, offset) = (partition.trim().parse().ok()?, offset.trim().parse().ok()?);
-            (partition >= 0 && offset >= 0).then_some((partition, offset))
-        };
-        let offsets: Vec<(i32, i64)> =
-            text.split(if flink { ';' } else { ',' }).map(pair).collect::<Option<_>>()?;
-        let twice =
-            (1..offsets.len()).any(|at| offsets[..at].iter().any(|(known, _)| *known == offsets[at].0));
-        (!twice).then_some(Self::Offsets(offsets))
+        offsets_of(text).map(Self::Offsets)
     }
+}
+
+/// Offsets as `0:42, 1:300` or, as Flink writes them, `partition:0,offset:42;partition:1,offset:300`.
+pub fn offsets_of(text: &str) -> Option<Vec<(i32, i64)>> {
+    let flink = text.starts_with("partition:");
+    let pair = |entry: &str| {
+        let entry = entry.trim();
+        let (partition, offset) = match flink {
+            true => entry.strip_prefix("partition:")?.split_once(",offset:")?,
+            false => entry.split_once(':')?,
+        };
+        let (partition, offset) = (partition.trim().parse().ok()?, offset.trim().parse().ok()?);
+        (partition >= 0 && offset >= 0).then_some((partition, offset))
+    };
+    let offsets: Vec<(i32, i64)> =
+        text.split(if flink { ';' } else { ',' }).map(pair).collect::<Option<_>>()?;
+    let twice = (1..offsets.len()).any(|at| offsets[..at].iter().any(|(known, _)| *known == offsets[at].0));
+    (!twice).then_some(offsets)
 }
 
 /// Options of a Kafka source.

@@ -41,6 +41,7 @@ use crate::error::{Error, Result};
 
 use access::{Access, Right, brief, is_answer, is_certificate};
 
+pub use config::offsets_of;
 pub use config::{KafkaSettings, KafkaSinkConfig, KafkaSourceConfig, ScanStartup, TopicCreation};
 pub use embedded::EmbeddedKafka;
 pub use sink::KafkaSink;

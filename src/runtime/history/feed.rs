@@ -8,8 +8,9 @@ use arrow::array::{Int32Array, RecordBatch};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc::{Receiver, Sender};
 
-use super::{Bootstrap, Contiguity, complete, place_of, time_of};
-use crate::connectors::delta::history::{Bucket, Piece, Rows, Span, pin};
+use super::foreign::Book;
+use super::{Bootstrap, Contiguity, place_of};
+use crate::connectors::delta::history::{Bucket, Piece, Span};
 use crate::connectors::{PartitionInfo, SourceBatch, SourceConnector, SourceReader};
 use crate::error::{Error, Result};
 use crate::plan::SourcePlan;
@@ -80,7 +81,9 @@ impl Feeder {
     /// Reads the pinned version from `next` to where the topic goes on.
     async fn round(&self) -> Result<()> {
         let Bootstrap { location, version, topic, until, .. } = &self.bootstrap;
-        let rows = Rows::open(location, *version, topic, &self.plan.physical, time_of(&self.plan)).await?;
+        let book =
+            Book::of(&self.plan).ok_or_else(|| Error::internal("a history that is no longer there"))?;
+        let rows = book.rows(*version, topic).await?;
         let span = |(place, until): (Place, i64)| Span {
             partition: place.partition(),
             from: self.next.get(place).unwrap_or(until),
@@ -139,10 +142,12 @@ impl Feeder {
             return Ok(false);
         }
         let Bootstrap { location, topic, allow_gap, .. } = &self.bootstrap;
-        let pinned = pin(location, topic, None).await?;
+        let book =
+            Book::of(&self.plan).ok_or_else(|| Error::internal("a history that is no longer there"))?;
+        let pinned = book.pin(topic, None).await?;
         let gone = || Error::external(format!("the backup {location} is gone"));
         let mut pinned = pinned.ok_or_else(gone)?;
-        complete(&mut pinned, location, topic, &self.plan).await?;
+        book.complete(&mut pinned, topic, None).await?;
         let partitions = self.source.partitions().await?;
         let contiguity =
             Contiguity { topic, partitions: &partitions, backup: &pinned.next, allow_gap: *allow_gap };
