@@ -70,13 +70,13 @@ impl OwnRedis {
 }
 
 pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    for _ in 0..300 {
+    for _ in 0..1_200 {
         if done() {
             return;
         }
         std::thread::sleep(Duration::from_millis(100));
     }
-    panic!("{what}: not within 30 s");
+    panic!("{what}: not within 2 minutes");
 }
 
 async fn case(name: &str) -> Option<(Case, OwnRedis)> {

@@ -49,7 +49,7 @@ pub struct BackfillArgs {
     memory: Option<u64>,
     /// State snapshots of unbounded frames kept beside the table, from which later intervals start instead of reading all
     /// history; 0: none is made or used.
-    #[arg(long, default_value_t = 3, value_name = "N")]
+    #[arg(long, default_value_t = backfill::SNAPSHOTS, value_name = "N")]
     snapshots: usize,
     /// Name of the pipeline; default: the folder or file stem.
     #[arg(long)]

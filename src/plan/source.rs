@@ -262,11 +262,14 @@ fn connector_of(
     }
 }
 
+/// As physical and as logical expressions.
+type Computed = (Vec<(Arc<dyn PhysicalExpr>, Field)>, Vec<(Expr, Field)>);
+
 fn computed_columns(
     session: &SessionContext,
     source: &CreateSource,
     physical: &SchemaRef,
-) -> Result<(Vec<(Arc<dyn PhysicalExpr>, Field)>, Vec<(Expr, Field)>)> {
+) -> Result<Computed> {
     let state = session.state();
     let mut fields: Vec<Field> = physical.fields().iter().map(|f| f.as_ref().clone()).collect();
     let (mut computed, mut logical) = (Vec::new(), Vec::new());

@@ -90,7 +90,6 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     let seen = source.partitions().await?;
     let gaps = options.allow_gap;
     let identity = recognised(&source_plan.name, source.as_ref(), latest.as_ref(), gaps).await?;
-    let embedded = identity.map(Into::into).or(embedded);
     let beginning = history::beginning(plan, latest.as_ref(), source.as_ref(), &seen, gaps).await?;
     let continues = plan.sinks().any(|(node, _)| history::continues(plan, node, latest.as_ref()));
     let online = online_stores(plan, name).await?;
@@ -138,7 +137,7 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
         claimed,
         orphans,
         source,
-        embedded,
+        embedded: identity.map(Into::into).or(embedded),
         positions,
         history,
         ends,

@@ -124,7 +124,7 @@ impl Journal {
         if !self.after(number).await?.is_empty() {
             return Ok(Appended::Other);
         }
-        if number % CLEAN_EVERY == 0 && number > KEPT {
+        if number.is_multiple_of(CLEAN_EVERY) && number > KEPT {
             self.clean(number - KEPT).await;
         }
         Ok(Appended::Mine)

@@ -50,6 +50,9 @@ use snapshots::Snapshots;
 /// Commits after which a table that no stream looks after gets a checkpoint of its log.
 const COMMITS_PER_CHECKPOINT: usize = 20;
 
+/// State snapshots that are kept if nobody says how many.
+pub const SNAPSHOTS: usize = 3;
+
 #[derive(Debug, Clone)]
 pub struct Options {
     pub from: Micros,

@@ -337,6 +337,7 @@ impl Runner<'_> {
                     dry_run: false,
                     wait: WAIT,
                     memory,
+                    snapshots: backfill::SNAPSHOTS,
                 };
                 let clipped = Mutex::new(None);
                 let listener = |event: backfill::Event<'_>| {

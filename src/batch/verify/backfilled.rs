@@ -86,12 +86,14 @@ impl Verifier<'_> {
                 known_as(&mut found, part, backup.version);
                 continue;
             }
-            if !readable_versions.contains_key(&computed_from) {
-                readable_versions.insert(computed_from, readable(&source, computed_from).await?);
-            }
-            match readable_versions.get(&computed_from) {
-                Some(true) => known_as(&mut found, part, computed_from),
-                _ => {
+            let is_readable = match readable_versions.get(&computed_from) {
+                Some(known) => *known,
+                None => readable(&source, computed_from).await?,
+            };
+            readable_versions.insert(computed_from, is_readable);
+            match is_readable {
+                true => known_as(&mut found, part, computed_from),
+                false => {
                     let why =
                         format!("version {computed_from} of the backup, which it was computed from, is gone");
                     unknown(&mut found, part, &why, report);

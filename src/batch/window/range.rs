@@ -149,16 +149,16 @@ impl Run {
 
     /// The groups that are complete now that these rows have come.
     fn groups(&mut self, keys: Vec<ArrayRef>, order: &[ArrayRef], rows: usize) -> Result<Vec<Group>> {
-        let partitions = match keys.is_empty() {
-            true => vec![0..rows],
-            false => partition(&keys)?.ranges(),
+        let partitions: Vec<usize> = match keys.is_empty() {
+            true => vec![0],
+            false => partition(&keys)?.ranges().iter().map(|range| range.start).collect(),
         };
         let count = keys.len();
         let mut columns = keys;
         columns.extend(order.iter().cloned());
         let (same_keys, peers) = self.continues(&columns, count)?;
         let nulls = self.times.as_ref().and_then(|_| order[0].logical_nulls());
-        let mut partitions = partitions.iter().map(|range| range.start).peekable();
+        let mut partitions = partitions.into_iter().peekable();
         let ranges = partition(&columns)?.ranges();
         let mut complete = Vec::with_capacity(ranges.len());
         for Range { start, end } in ranges {
