@@ -13,6 +13,8 @@ pub enum Of {
     History,
     /// A backfill, which passes those of the files that it writes, too.
     Backfill,
+    /// A backfill of unbounded frames, beside them.
+    Snapshot,
     /// A run of a schedule, beside those of its backfill.
     Schedule,
 }
@@ -63,8 +65,8 @@ pub const POINTS: [(&str, Of); 49] = [
     ("history.handoff", Of::History),
     ("backfill.before", Of::Backfill),
     ("backfill.after", Of::Backfill),
-    ("snapshot.before", Of::Backfill),
-    ("snapshot.after", Of::Backfill),
+    ("snapshot.before", Of::Snapshot),
+    ("snapshot.after", Of::Snapshot),
     ("schedule.claim.before", Of::Schedule),
     ("schedule.claim.after", Of::Schedule),
     ("insert.before", Of::Schedule),

@@ -172,7 +172,7 @@ impl<'a> Shape<'a> {
                     view
                 }
                 NodeKind::Project { exprs, view } => {
-                    batch = project(exprs, &node.schema, &batch, &mut failed)?;
+                    batch = project(exprs, &lenient(&node.schema), &batch, &mut failed)?;
                     view
                 }
                 _ => return Err(Error::internal(format!("{} is no filter and no projection", node.id))),
@@ -217,13 +217,18 @@ impl<'s, 'a> Pass<'s, 'a> {
         interval: Interval,
         from: Option<(Micros, Vec<RecordBatch>)>,
     ) -> Result<Self> {
-        let mut over = Over::new(OverSpec { want_final: true, want_latest: false, ..shape.spec.clone() })?;
+        let mut over = Over::new(OverSpec {
+            input: lenient(&shape.spec.input),
+            want_final: true,
+            want_latest: false,
+            ..shape.spec.clone()
+        })?;
         let refilling = from.as_ref().map(|(at, _)| *at);
         if let Some((at, states)) = from {
             over.restore_keys(&states, at)?;
         }
         let columns = shape.columns();
-        let schema = narrow(&shape.source.schema, &columns);
+        let schema = narrow(&lenient(&shape.source.schema), &columns);
         Ok(Self { shape, interval, over, refilling, columns, schema, read: 0 })
     }
 
@@ -331,7 +336,14 @@ fn as_stored(rows: &RecordBatch, sink: &SchemaRef) -> Result<RecordBatch> {
         })
     };
     let columns = sink.fields().iter().map(column).collect::<Result<_>>()?;
-    Ok(RecordBatch::try_new(Arc::clone(sink), columns)?)
+    Ok(RecordBatch::try_new(lenient(sink), columns)?)
+}
+
+/// The schema without NOT NULL: records that were replayed under other SQL may have NULLs there, which the batch takes as
+/// they are.
+fn lenient(schema: &SchemaRef) -> SchemaRef {
+    let fields = schema.fields().iter().map(|field| field.as_ref().clone().with_nullable(true));
+    Arc::new(Schema::new(fields.collect::<Vec<_>>()))
 }
 
 impl Resume<'_> {
