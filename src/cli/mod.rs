@@ -308,6 +308,7 @@ async fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Check(files) => {
             let catalog = load(&files)?;
             crate::plan::sinks::check_views(&catalog).await?;
+            #[cfg_attr(not(feature = "delta"), expect(unused_variables, reason = "only schedules need it"))]
             let plan = crate::plan::sinks::plan(&catalog, &[]).await?;
             #[cfg(feature = "delta")]
             crate::batch::schedule::check(&catalog, &plan).await?;
