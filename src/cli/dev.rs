@@ -119,7 +119,7 @@ async fn prepare(plan: &mut StreamPlan, broker: &EmbeddedKafka, state: &str) -> 
                 if let SourceKind::Kafka(config) = &mut source.kind {
                     broker.ensure_topic(&config.topic)?;
                     config.settings.without_security();
-                    config.offset_base = positions.clone();
+                    (config.offset_base, config.is_embedded) = (positions.clone(), true);
                     // The embedded broker answers an early fetch at its end only, not when records come.
                     config.settings.extra.insert(
                         0,

@@ -225,6 +225,8 @@ pub struct KafkaSourceConfig {
     pub keep_payload: bool,
     /// Added to the broker's offsets: the embedded broker begins at 0 after every start, the pipeline goes on.
     pub offset_base: Positions,
+    /// The broker lives in this process: a topic of its is another one after every start, and it knows no ids of topics.
+    pub is_embedded: bool,
 }
 
 impl KafkaSourceConfig {
@@ -269,6 +271,7 @@ impl KafkaSourceConfig {
             keep_key: false,
             keep_payload: false,
             offset_base: Positions::default(),
+            is_embedded: false,
         })
     }
 

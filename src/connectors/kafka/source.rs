@@ -216,8 +216,7 @@ impl SourceConnector for KafkaSource {
     }
 
     async fn identity(&self) -> Option<String> {
-        // An embedded topic is another one after every start, and its offsets are moved to where the pipeline is.
-        if !self.config.offset_base.is_empty() {
+        if self.config.is_embedded {
             return None;
         }
         let ask = || {
