@@ -5,12 +5,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::backfill::{DAY, DAYS, FIRST};
 use crate::case::{Case, Dice, services};
 
-const DAYS: u64 = 5;
-/// 2026-01-01, ms.
-const FIRST: u64 = 1_767_225_600_000;
-const DAY: u64 = 86_400_000;
 const SIGABRT: i32 = 6;
 
 /// A stream whose tables lack late rows. Each of the schedules fires five times before [`NOW`].

@@ -18,6 +18,7 @@ mod reset;
 mod schedule;
 mod screen;
 mod shell;
+mod signals;
 mod status;
 mod table;
 mod test;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch::Sender;
 
+use crate::cli::signals;
 use crate::cli::view::count;
 use crate::error::{Error, Result};
 use crate::runtime::Metrics;
@@ -26,25 +26,11 @@ pub fn on_signal(
     metrics: Arc<Metrics>,
     forgets: bool,
 ) -> Result<impl Future<Output = Error>> {
-    let fail = |error: std::io::Error| Error::external("signals cannot be watched").because(error);
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(fail)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(fail)?;
-    Ok(async move {
-        let mut next = async || {
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-        };
-        next().await;
+    let first = || {
         super::live::STOPPING.store(true, Ordering::Relaxed);
         super::screen::note("stopping: last checkpoint (once more: at once, without it)");
-        stop.send_replace(true);
-        next().await;
-        // Alive until now: a closed channel is no stop.
-        drop(stop);
-        at_once(metrics.epoch.load(Ordering::Relaxed), forgets)
-    })
+    };
+    signals::stop_twice(stop, first, move || at_once(metrics.epoch.load(Ordering::Relaxed), forgets))
 }
 
 /// What an end without a last checkpoint means; `epoch`: of the newest one, 0 for none of this run.

@@ -5,10 +5,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use super::{Files, StateArgs, environment, load, output, overrides, quit};
+use super::{Files, StateArgs, environment, load, output, overrides, quit, signals};
 use crate::batch::schedule::decide::{Run, State};
 use crate::batch::schedule::{self, Event, Options};
 use crate::batch::{Answer, World};
@@ -84,10 +83,13 @@ pub async fn run(args: ScheduleArgs) -> Result<ExitCode> {
         shift: args.now.map_or(0, |now| now - Clock.unix_micros()),
     };
     let (stop, stopped) = watch::channel(false);
-    let signals = on_signal(stop)?;
+    // The first signal stops runs where they are, the second ends the process.
+    let first = || eprintln!("stopping: what runs is begun again at the next start");
+    let second = || Error::external("ended at once: other processes wait for the end of the lease");
+    let signals = signals::stop_twice(stop, first, second)?;
     let made = tokio::select! {
         made = schedule::run(&world, &options, stopped, &tell) => made?,
-        ended = signals => return Err(ended?),
+        ended = signals => return Err(ended),
     };
     if !args.once {
         eprintln!("stopped");
@@ -101,28 +103,6 @@ pub async fn run(args: ScheduleArgs) -> Result<ExitCode> {
             "Ask `millstream query --state {state} -c 'SELECT * FROM millstream.runs'` what became of them."
         ))),
     }
-}
-
-/// The first signal stops runs where they are, the second ends the process.
-fn on_signal(stop: watch::Sender<bool>) -> Result<impl Future<Output = Result<Error>>> {
-    let fail = |error: std::io::Error| Error::external("signals cannot be watched").because(error);
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(fail)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(fail)?;
-    Ok(async move {
-        let mut next = async || {
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-        };
-        next().await;
-        eprintln!("stopping: what runs is begun again at the next start");
-        stop.send_replace(true);
-        next().await;
-        // Alive until now: a closed channel is no stop.
-        drop(stop);
-        Ok(Error::external("ended at once: other processes wait for the end of the lease"))
-    })
 }
 
 fn tell(event: Event<'_>) {
