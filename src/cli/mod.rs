@@ -469,7 +469,7 @@ async fn query(args: QueryArgs) -> Result<ExitCode> {
     }));
     let limit = args.limit.or_else(|| shell::default_limit(args.format));
     let ask = Ask { limit, explain_analyze: args.explain_analyze };
-    let shell = Shell::new(world, ask, args.format);
+    let shell = Shell::new(world, ask, args.format)?;
     match args.sql {
         Some(sql) => shell.once(&sql).await?,
         None if shell.run().await? => return Ok(quit(0)),

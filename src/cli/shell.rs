@@ -6,6 +6,7 @@
 
 mod editor;
 mod history;
+mod runner;
 mod terminal;
 mod text;
 mod words;
@@ -17,10 +18,10 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinHandle;
 
 use self::editor::Editor;
 use self::history::History;
+use self::runner::Runner;
 use self::terminal::{Terminal, Typed};
 use self::text::{from_code, is_blank, is_command, is_word, statement_end};
 use self::words::Words;
@@ -62,6 +63,7 @@ pub struct Shell {
     timing: bool,
     out: Option<(String, File)>,
     is_shell: bool,
+    runner: Runner,
 }
 
 /// What a command wants next.
@@ -72,9 +74,11 @@ enum Next {
 }
 
 impl Shell {
-    pub fn new(world: &'static World<'static>, ask: Ask, format: Format) -> Self {
-        let settings = Settings::default();
-        Self { world, settings, ask, format, timing: false, out: None, is_shell: false }
+    /// # Errors
+    /// No threads can be had.
+    pub fn new(world: &'static World<'static>, ask: Ask, format: Format) -> Result<Self> {
+        let (settings, runner) = (Settings::default(), Runner::new()?);
+        Ok(Self { world, settings, ask, format, timing: false, out: None, is_shell: false, runner })
     }
 
     /// One text.
@@ -213,8 +217,7 @@ impl Shell {
         &mut self,
         work: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<Option<T>> {
-        #[expect(clippy::disallowed_methods, reason = "waited for right here, or aborted")]
-        let mut task: JoinHandle<Result<T>> = tokio::spawn(work);
+        let mut task = self.runner.spawn(work);
         let interrupted = async {
             match self.is_shell {
                 true => tokio::signal::ctrl_c().await,
@@ -229,6 +232,7 @@ impl Shell {
                 task.abort();
                 // What is printed comes before `cancelled`, if it ends.
                 tokio::time::timeout(CANCELLING, task).await.ok();
+                self.runner = Runner::new()?;
                 eprintln!("cancelled");
                 Ok(None)
             }
