@@ -1,6 +1,7 @@
 //! Asks the broker now and then, by a client of its own, what partitions there are and where they end. Partitions that
 //! are added to a topic while the pipeline runs are read from their beginning; ends show a client that gets no more
-//! records ([`super::standstill`]). A topic that took the place of the one that is read ends the pipeline.
+//! records ([`super::standstill`]), and in between, more often, that the broker is there ([`super::silence`]). A topic that
+//! took the place of the one that is read ends the pipeline.
 //!
 //! The shard that gets one takes it in between two polls, so that the next manifest has its position; after a restart it is
 //! an old acquaintance. A partition that is added while the pipeline stands still is found by its start.
@@ -13,9 +14,10 @@ use tokio::sync::mpsc::WeakSender;
 
 use crate::connectors::{PartitionInfo, SourceConnector};
 use crate::error::Error;
-use crate::runtime::report::{Command, Report};
+use crate::runtime::report::{Command, Ends, Report};
 use crate::runtime::start::another;
 use crate::stream::Place;
+use crate::stream::clock::Clock;
 
 /// The shard that reads a partition.
 pub fn shard_of(place: Place, shards: usize) -> usize {
@@ -25,6 +27,8 @@ pub fn shard_of(place: Place, shards: usize) -> usize {
 pub struct Discovery {
     pub source: Arc<dyn SourceConnector>,
     pub every: Duration,
+    /// How often ends are asked for, no less than that.
+    pub pulse: Duration,
     pub known: BTreeSet<Place>,
     /// Of the source's shards, which end without us.
     pub commands: Vec<WeakSender<Command>>,
@@ -36,8 +40,10 @@ pub struct Discovery {
 impl Discovery {
     /// Runs until the source has ended, or a little longer. A broker that does not answer is asked again later.
     pub async fn run(mut self) {
+        let mut looked_at = Clock.instant();
         loop {
-            tokio::time::sleep(self.every).await;
+            tokio::time::sleep(self.pulse).await;
+            let is_full = Clock.instant() - looked_at + self.pulse / 2 >= self.every;
             if self.commands.iter().all(|command| command.upgrade().is_none()) {
                 return;
             }
@@ -48,13 +54,17 @@ impl Discovery {
                     continue;
                 }
             };
+            self.tell_ends(&partitions, is_full);
+            if !is_full {
+                continue;
+            }
+            looked_at = Clock.instant();
             if let Some(error) = self.replaced().await {
                 if let Some(reports) = self.reports.upgrade() {
                     reports.send(Report::Failed(error)).await.ok();
                 }
                 return;
             }
-            self.tell_ends(&partitions);
             for found in partitions {
                 let place = Place::new(0, found.topic, found.partition);
                 if self.known.contains(&place) {
@@ -83,14 +93,14 @@ impl Discovery {
     }
 
     /// A shard that has not taken its last commands gets no more: it is at work.
-    fn tell_ends(&self, partitions: &[PartitionInfo]) {
-        let shards = self.commands.len();
+    fn tell_ends(&self, partitions: &[PartitionInfo], is_full: bool) {
+        let (shards, at) = (self.commands.len(), Clock.instant());
         for (shard, command) in self.commands.iter().enumerate() {
             let place = |found: &PartitionInfo| Place::new(0, found.topic, found.partition);
             let ends = partitions.iter().map(|found| (place(found), found.high));
             let ends = ends.filter(|(place, _)| shard_of(*place, shards) == shard).collect();
             if let Some(command) = command.upgrade() {
-                command.try_send(Command::Ends(ends)).ok();
+                command.try_send(Command::Ends(Ends { ends, at, is_full })).ok();
             }
         }
     }
@@ -148,6 +158,7 @@ mod tests {
         let discovery = Discovery {
             source: source.clone(),
             every: Duration::from_millis(1),
+            pulse: Duration::from_millis(1),
             known: BTreeSet::new(),
             commands: vec![command.downgrade()],
             identity: Some("a".to_owned()),

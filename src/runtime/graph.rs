@@ -39,6 +39,7 @@ use crate::runtime::outage::Losses;
 #[cfg(feature = "redis")]
 use crate::runtime::remote::{Cache, Remote};
 use crate::runtime::report::{Command, Report};
+use crate::runtime::silence::{Silence, pulse};
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
 use crate::runtime::sinks::{AppendTask, NdjsonTask};
@@ -387,6 +388,9 @@ impl Graph<'_> {
         counted.watch(watermarks.clone());
         let mut commands: Vec<Sender<Command>> = Vec::new();
         let mut readers = self.read_history(&plan, &counted).into_iter();
+        // An epoch that runs again ends where it ended.
+        let discovery = self.world.source.discovery().filter(|_| self.world.decided.is_none());
+        let pulse = discovery.map(|every| pulse(every, plan.idle_timeout));
         for (shard, chain) in chains.into_iter().enumerate() {
             let mine = |(place, _): &(Place, i64)| shard_of(*place, self.parallelism) == shard;
             let positions: Positions = self.world.positions.iter().filter(mine).collect();
@@ -415,7 +419,7 @@ impl Graph<'_> {
                 reports: self.reports.clone(),
                 metrics: Arc::clone(&self.metrics),
                 counted: Arc::clone(&counted),
-                state: SourceState::default(),
+                state: SourceState::new(Silence::new(pulse)),
             };
             let reports = self.reports.clone();
             let thread = std::thread::Builder::new().name(format!("source-{shard}"));
@@ -426,15 +430,14 @@ impl Graph<'_> {
             });
             spawned.map_err(|error| Error::external("a thread cannot be started").because(error))?;
         }
-        // An epoch that runs again ends where it ended.
-        if let Some(every) = self.world.source.discovery().filter(|_| self.world.decided.is_none()) {
+        if let (Some(every), Some(pulse)) = (discovery, pulse) {
             let known = self.world.positions.iter().map(|(place, _)| place).collect();
             let source = Arc::clone(&self.world.source);
             let commands = commands.iter().map(Sender::downgrade).collect();
             let identity = self.world.embedded.as_ref().and_then(|kept| kept.as_str()).map(str::to_owned);
             let reports = self.reports.downgrade();
             #[expect(clippy::disallowed_methods, reason = "the runtime spawns; nobody waits for this one")]
-            tokio::spawn(Discovery { source, every, known, commands, identity, reports }.run());
+            tokio::spawn(Discovery { source, every, pulse, known, commands, identity, reports }.run());
         }
         Ok(commands)
     }

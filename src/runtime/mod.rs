@@ -34,6 +34,7 @@ mod remake;
 #[cfg(feature = "redis")]
 mod remote;
 pub mod report;
+mod silence;
 mod sinks;
 mod source;
 mod stage;

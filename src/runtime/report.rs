@@ -86,11 +86,27 @@ pub enum Command {
     /// Read nothing until the cut: others are about to raise the watermark to the end.
     Hold,
     /// Cut here. `close`: no row follows, raise the watermark to the end first; every shard is held.
-    Cut { barrier: Barrier, close: bool },
+    Cut {
+        barrier: Barrier,
+        close: bool,
+    },
     /// Read this partition too, from the offset on.
-    Add { place: Place, next: i64 },
-    /// The ends of its partitions, as a client of their own was just told.
-    Ends(Positions),
+    Add {
+        place: Place,
+        next: i64,
+    },
+    Ends(Ends),
     /// The manifest of this epoch is published and its commits are made.
-    Durable { epoch: u64 },
+    Durable {
+        epoch: u64,
+    },
+}
+
+/// The ends of a shard's partitions, as a client of its own was told.
+#[derive(Debug, Clone)]
+pub struct Ends {
+    pub ends: Positions,
+    pub at: std::time::Instant,
+    /// Not one of the answers in between, which only show that the broker is there.
+    pub is_full: bool,
 }

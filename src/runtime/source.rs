@@ -18,7 +18,8 @@ use crate::runtime::again::{Decided, up_to};
 use crate::runtime::chain::{Chain, Outgoing};
 use crate::runtime::letters::Records;
 use crate::runtime::metrics::{Metrics, SourceMetrics};
-use crate::runtime::report::{Command, Report, SourceEpoch};
+use crate::runtime::report::{Command, Ends, Report, SourceEpoch};
+use crate::runtime::silence::Silence;
 use crate::runtime::standstill::Standstill;
 use crate::runtime::watermark::SourceClock;
 use crate::state::manifest::PartitionProgress;
@@ -49,9 +50,8 @@ pub struct SourceTask {
     pub decided: Option<Arc<Decided>>,
     pub chain: Chain,
     pub positions: Positions,
-    /// Where `--until-end` is satisfied.
+    /// Where `--until-end` is satisfied; a silent partition must have passed them too before it may count as idle.
     pub ends: Positions,
-    /// Offsets that must be passed before a silent partition may count as idle.
     pub commands: Receiver<Command>,
     pub reports: Sender<Report>,
     pub metrics: Arc<Metrics>,
@@ -69,8 +69,7 @@ pub struct SourceState {
     held: bool,
     /// The last cut whose positions the outside was not told.
     cut: Option<(u64, Positions)>,
-    /// Instant of the last row per place, once its end was seen.
-    silent: Vec<(Place, std::time::Instant)>,
+    silence: Silence,
     logged: Vec<&'static str>,
     /// What this shard added to the source's lag.
     lag: i64,
@@ -80,6 +79,12 @@ pub struct SourceState {
     standstill: Standstill,
     /// When the last poll returned.
     read_at: Option<std::time::Instant>,
+}
+
+impl SourceState {
+    pub fn new(silence: Silence) -> Self {
+        Self { silence, ..Self::default() }
+    }
 }
 
 impl SourceTask {
@@ -199,8 +204,12 @@ impl SourceTask {
     }
 
     /// Opens a new client when this one gets no more records although the broker has some.
-    fn compare(&mut self, ends: Positions) -> Result<()> {
-        let still = self.state.standstill.answer(ends, &self.positions, &self.state.paused);
+    fn compare(&mut self, ends: Ends) -> Result<()> {
+        self.state.silence.answered(&ends.ends, ends.at);
+        if !ends.is_full {
+            return Ok(());
+        }
+        let still = self.state.standstill.answer(ends.ends, &self.positions, &self.state.paused);
         let Some(first) = still.first().filter(|_| self.reader.is_live()) else { return Ok(()) };
         let (partition, offset) = (first.partition(), self.positions.get(*first));
         let reader = match self.runtime.block_on(self.source.reader(self.positions.clone())) {
@@ -260,14 +269,8 @@ impl SourceTask {
     fn idle(&mut self, out: &mut Outgoing) -> Result<()> {
         let now = self.clock.instant();
         let passed = |place| self.ends.get(place).is_none_or(|end| self.positions.get(place) >= Some(end));
-        let long = self.plan.idle_timeout;
-        let quiet: Vec<Place> = self
-            .state
-            .silent
-            .iter()
-            .filter(|(place, since)| passed(*place) && now.duration_since(*since) >= long)
-            .map(|(place, _)| *place)
-            .collect();
+        let quiet = self.state.silence.idle(&self.positions, self.plan.idle_timeout, now);
+        let quiet: Vec<Place> = quiet.filter(|place| passed(*place)).collect();
         for place in quiet {
             self.watermarks.mark_idle(place);
         }
@@ -300,15 +303,7 @@ impl SourceTask {
         self.state.read_at = Some(now);
         Metrics::add(&self.counted.read, decoded);
         self.positions.raise_all(&batch.reached);
-        let (reached, at_end) = (batch.reached.clone(), batch.at_end.clone());
-        self.state.silent.retain(|(place, _)| reached.get(*place).is_none() || at_end.contains(place));
-        for place in at_end {
-            match self.state.silent.iter_mut().find(|(other, _)| *other == place) {
-                Some((_, since)) if decoded > 0 => *since = now,
-                Some(_) => {}
-                None => self.state.silent.push((place, now)),
-            }
-        }
+        self.state.silence.read(&batch.reached, &batch.at_end, decoded > 0, now);
         let records = Records::of(&batch);
         let mut dead = Vec::new();
         let kept = self.plan.accept(batch, &self.topic(), &mut dead)?;

@@ -4,7 +4,7 @@
 //! columns. Positions are next offsets: they rise over rows, tombstones, dead letters and control records alike.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arrow::datatypes::SchemaRef;
@@ -40,6 +40,17 @@ pub struct KafkaSource {
     config: Arc<KafkaSourceConfig>,
     /// Shared by all clients, so that what is said once is said once.
     access: Access,
+    questions: Questions,
+}
+
+/// A client that reads nothing, kept from one question to the next while it gets answers.
+#[derive(Clone, Default)]
+struct Questions(Arc<Mutex<Option<BatchConsumer>>>);
+
+impl std::fmt::Debug for Questions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Questions")
+    }
 }
 
 impl KafkaSource {
@@ -52,7 +63,8 @@ impl KafkaSource {
         let group: Arc<str> = config.group_id.as_deref().unwrap_or(default_group).into();
         let access = Access::new(&config.settings, &config.topic).with_group(Arc::clone(&group));
         let topic = config.topic.as_str().into();
-        Ok(Self { name: name.into(), group, topic, config: Arc::new(config), access })
+        let (config, questions) = (Arc::new(config), Questions::default());
+        Ok(Self { name: name.into(), group, topic, config, access, questions })
     }
 
     fn consumer(&self) -> Result<BatchConsumer> {
@@ -61,8 +73,17 @@ impl KafkaSource {
         created(settings, BatchConsumer::new(&client, Context::new(self.access.clone()), &self.topic))
     }
 
-    fn list_partitions(&self) -> Result<Vec<PartitionInfo>> {
-        let consumer = self.consumer()?;
+    /// Asks something of the broker. After a failure the next question has a new client.
+    fn ask<T>(&self, question: impl FnOnce(&BatchConsumer) -> Result<T>) -> Result<T> {
+        let kept = || self.questions.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = kept().take();
+        let consumer = before.map_or_else(|| self.consumer(), Ok)?;
+        let answer = question(&consumer)?;
+        *kept() = Some(consumer);
+        Ok(answer)
+    }
+
+    fn list_partitions(&self, consumer: &BatchConsumer) -> Result<Vec<PartitionInfo>> {
         let drain = || {
             // Only for the reasons that the context notes down.
             let _ = consumer.serve();
@@ -72,7 +93,7 @@ impl KafkaSource {
         found
             .into_iter()
             .map(|partition| {
-                let (low, high) = self.watermarks(&consumer, partition)?;
+                let (low, high) = self.watermarks(consumer, partition)?;
                 Ok(PartitionInfo { topic: 0, partition, low, high })
             })
             .collect()
@@ -212,19 +233,18 @@ impl SourceConnector for KafkaSource {
     }
 
     async fn partitions(&self) -> Result<Vec<PartitionInfo>> {
-        blocking(|| self.list_partitions())
+        blocking(|| self.ask(|consumer| self.list_partitions(consumer)))
     }
 
     async fn identity(&self) -> Option<String> {
         if self.config.is_embedded {
             return None;
         }
-        let ask = || {
-            let consumer = self.consumer()?;
+        let id = |consumer: &BatchConsumer| {
             let found = topic_id(consumer.client(), &self.topic);
             found.map_err(|error| Error::external("no answer to DescribeTopics").because(error))
         };
-        blocking(ask).unwrap_or_else(|error| {
+        blocking(|| self.ask(id)).unwrap_or_else(|error| {
             tracing::debug!(topic = %self.topic, %error, "the topic's id is not known");
             None
         })
