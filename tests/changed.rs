@@ -187,6 +187,40 @@ fn a_new_sink_joins_the_state_of_its_view() {
     assert_eq!(folder.query(last), expected);
 }
 
+/// Nothing that was written is mixed with rows of another meaning.
+#[test]
+fn a_changed_view_is_new_when_only_new_sinks_read_it() {
+    let folder = Folder::new();
+    folder.feed(0);
+    folder.sql(&[SOURCE, COUNTED]);
+    assert_eq!(folder.run("2").0, 0);
+    let changed = COUNTED.replace(
+        "ORDER BY event_time)",
+        "ORDER BY event_time RANGE BETWEEN INTERVAL '10 seconds' PRECEDING AND CURRENT ROW)",
+    );
+    folder.sql(&[SOURCE, &changed]);
+    let (code, said, refused) = folder.plan();
+    assert!(
+        code == 1 && said.contains("changed: must be rebuilt") && refused.contains("other names"),
+        "{said}{refused}"
+    );
+    assert_eq!(folder.run("1").0, 2);
+    let moved = changed.replace("counted_table", "counted_again").replace("lake/counted", "lake/again");
+    folder.sql(&[SOURCE, &moved]);
+    let (code, said, _) = folder.plan();
+    assert_eq!(code, 0, "{said}");
+    for line in
+        ["view  counted        new", "counted_again  new: begins at the offsets", "counted_table  gone"]
+    {
+        assert!(said.contains(line), "{line}\n{said}");
+    }
+    folder.feed(1);
+    let (code, log) = folder.run("1");
+    assert_eq!(code, 0, "{log}");
+    assert_eq!(folder.query("SELECT max(n) AS n FROM counted_again"), "n\n2\n");
+    assert_eq!(folder.nodes().len(), 1, "the old window's state is deleted: {:?}", folder.nodes());
+}
+
 /// The last commit of a sink that is gone would never be made.
 #[test]
 fn a_sink_is_not_dropped_before_its_commit_is_made() {

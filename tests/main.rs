@@ -14,6 +14,7 @@ mod asof;
 mod backfill;
 mod bootstrap;
 mod brokers;
+mod building;
 mod case;
 mod changed;
 mod closing;

@@ -60,7 +60,7 @@ fn table(found: &Changes, schedules: &[CreateSchedule], name: &str, state: &str)
     };
     let width = found.items.iter().map(|item| item.name.chars().count()).max().unwrap_or(0);
     for item in &found.items {
-        let (what, (_, meaning)) = (kind(item), meaning(item, found.epoch.is_some()));
+        let (what, (_, meaning)) = (kind(item), meaning(item, found));
         text.push_str(&format!("{what}  {:<width$}  {meaning}\n", item.name));
         if let Change::Changed(lines) = &item.change {
             lines.iter().for_each(|line| text.push_str(&format!("        {line}\n")));
@@ -94,7 +94,7 @@ fn json(found: &Changes, schedules: &[CreateSchedule], name: &str, state: &str) 
             Change::Changed(lines) => lines.as_slice(),
             _ => &[],
         };
-        let change = meaning(item, found.epoch.is_some()).0;
+        let change = meaning(item, found).0;
         json!({"kind": kind(item), "name": item.name, "change": change, "difference": lines})
     };
     let refusals: Vec<&str> = found.refusals.iter().map(Error::message).collect();
@@ -125,9 +125,13 @@ fn kind(item: &Item) -> &'static str {
 }
 
 /// A word for programs, a sentence for people.
-fn meaning(item: &Item, has_state: bool) -> (&'static str, &'static str) {
+fn meaning(item: &Item, found: &Changes) -> (&'static str, &'static str) {
     match (&item.change, item.sink) {
-        (Change::New, _) if !has_state => ("new", "new: begins at scan_startup"),
+        (Change::New, _) if found.epoch.is_none() => ("new", "new: begins at scan_startup"),
+        (Change::New, true) if found.builds.contains(&item.name) => {
+            ("new", "new: built from history up to the offsets that the pipeline has reached")
+        }
+        (Change::New, false) if !found.builds.is_empty() => ("new", "new: built with the sinks that read it"),
         (Change::New, _) => {
             ("new", "new: begins at the offsets that the pipeline has reached, without earlier rows")
         }

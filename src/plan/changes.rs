@@ -3,7 +3,8 @@
 //! A sink is known by its name. An OVER or GROUP BY of a view is known by what it means: a state is found again when
 //! views are renamed, added or removed around it, and the node then goes on under the id that the state has
 //! ([`StreamPlan::adopt`]). One whose meaning is nowhere in the state, in a view that has state of the same kind which
-//! nothing else claims, is changed; else it is new.
+//! nothing else claims, is changed; else it is new. So is one that only new sinks read: nothing that was written would be
+//! mixed with its rows.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -42,6 +43,8 @@ pub struct Comparison {
     pub items: Vec<Item>,
     /// Ids of nodes in the state that the plan does not have.
     pub gone: BTreeSet<String>,
+    /// Sinks of the plan that the state does not have.
+    pub new: Vec<NodeId>,
     ids: Vec<(NodeId, String)>,
 }
 
@@ -87,6 +90,7 @@ impl StreamPlan {
             let name = if sink { node.id.as_str() } else { name };
             let (change, found) = match matches.get(&id) {
                 Some(found) => (Change::Kept, Some((*found).to_owned())),
+                None if !self.feeds_known(id, known) => (Change::New, None),
                 None => match left.iter().copied().find(|other| self.same_place(id, other, &known[*other])) {
                     Some(other) => {
                         left.remove(other);
@@ -95,6 +99,9 @@ impl StreamPlan {
                     None => (Change::New, None),
                 },
             };
+            if sink && change == Change::New {
+                compared.new.push(id);
+            }
             compared.add(name, sink, change);
             let own = found.unwrap_or_else(|| unused(&node.id, &taken));
             taken.insert(own.clone());
@@ -135,6 +142,14 @@ impl StreamPlan {
             }
         }
         found
+    }
+
+    /// Whether a sink that the state has is this node or reads it.
+    fn feeds_known(&self, id: NodeId, known: &BTreeMap<String, String>) -> bool {
+        match &self.nodes[id].kind {
+            NodeKind::Sink(_) => known.get(&self.nodes[id].id).is_some_and(|text| is_sink(text)),
+            _ => self.readers(id).any(|(reader, _)| self.feeds_known(reader, known)),
+        }
     }
 
     /// Whether a node of the state that means something else has the place of this one.

@@ -112,6 +112,26 @@ pub enum NodeKind {
     Sink(SinkPlan),
 }
 
+impl NodeKind {
+    /// The view in whose name a step refuses rows; `None` for those that refuse none, and sinks.
+    pub fn view(&self) -> Option<&str> {
+        match self {
+            Self::Filter { view, .. }
+            | Self::Project { view, .. }
+            | Self::Lookup { view, .. }
+            | Self::Unnest { view, .. } => Some(view),
+            #[cfg(feature = "redis")]
+            Self::Remote { view, .. } => Some(view),
+            Self::Source(_)
+            | Self::Letters
+            | Self::Over(_)
+            | Self::Group(_)
+            | Self::Union
+            | Self::Sink(_) => None,
+        }
+    }
+}
+
 /// What a set of sinks needs to run.
 #[derive(Debug, Clone, Default)]
 pub struct StreamPlan {

@@ -1,26 +1,88 @@
-//! An epoch that runs again ([`remake`](super::remake)): what it had decided stands, and it ends where it ended.
+//! Records that are read again: what was decided about them stands, and reading ends where it ended. An epoch that runs
+//! again ([`remake`](super::remake)), and all that a pipeline has read, for sinks that are new to it
+//! ([`building`](super::building)).
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use arrow::array::{AsArray, BooleanArray, Int64Array, RecordBatch};
 use arrow::compute::{filter, filter_record_batch};
-use arrow::datatypes::Int64Type;
+use arrow::datatypes::{Int32Type, Int64Type};
+use bytes::Bytes;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use crate::connectors::SourceBatch;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::state::store::StateStore;
 use crate::stream::{Micros, Place, Positions};
 
-/// What an epoch has decided that runs again.
+/// What was decided about records that are read again.
 #[derive(Debug, Default)]
 pub struct Decided {
     /// (topic, partition, offset) of the late rows.
-    pub late: HashSet<(u16, i32, i64)>,
+    pub late: HashSet<Origin>,
+    /// Those that were never read: dead letters that are in the backup since they were replayed.
+    pub never: HashSet<Origin>,
     /// The source's watermark at the end; `None` before any row.
     pub watermark: Option<Micros>,
+    /// Its watermark moves meanwhile, with the slowest partition that has not come to its end, and never above the one at
+    /// the end. A row below its own partition's watermark is late whether `late` has it or not: the ledger begins with
+    /// the state. Else the watermark stands still until the end.
+    pub moves: bool,
 }
 
-/// What of a batch lies before the ends. No partition counts as idle.
-pub fn up_to(mut batch: SourceBatch, ends: &Positions) -> Result<SourceBatch> {
+/// (topic, partition, offset).
+pub type Origin = (u16, i32, i64);
+
+/// What segments of the ledger hold, or files of replayed records.
+///
+/// # Errors
+/// External: one is damaged or cannot be read, or names a topic that the source does not have.
+pub async fn late<'s>(
+    store: &StateStore,
+    segments: impl Iterator<Item = &'s str>,
+    topics: &[Arc<str>],
+) -> Result<HashSet<Origin>> {
+    let mut late = HashSet::new();
+    for segment in segments {
+        let bytes = store.get_file(segment).await?;
+        let read = read_ledger(bytes, topics);
+        late.extend(read.map_err(|error| error.context(segment))?);
+    }
+    Ok(late)
+}
+
+/// Reads a segment of the ledger back.
+///
+/// # Errors
+/// External: it is damaged, or names a topic that the source does not have.
+pub(super) fn read_ledger(segment: Bytes, topics: &[Arc<str>]) -> Result<Vec<Origin>> {
+    let damaged = || {
+        let hint = "Restore the state folder from a copy, or run `millstream reset` to begin a new state.";
+        Error::external("a segment of the late ledger is damaged").hint(hint)
+    };
+    let reader = ParquetRecordBatchReaderBuilder::try_new(segment).and_then(|builder| builder.build());
+    let mut late = Vec::new();
+    for batch in reader.map_err(|error| damaged().because(error))? {
+        let batch = batch.map_err(|error| damaged().because(error))?;
+        let names = batch.column_by_name("topic").and_then(|column| column.as_string_opt::<i32>());
+        let partitions =
+            batch.column_by_name("partition").and_then(|column| column.as_primitive_opt::<Int32Type>());
+        let offsets =
+            batch.column_by_name("offset").and_then(|column| column.as_primitive_opt::<Int64Type>());
+        let (Some(names), Some(partitions), Some(offsets)) = (names, partitions, offsets) else {
+            return Err(damaged());
+        };
+        for row in 0..batch.num_rows() {
+            let topic = topics.iter().position(|topic| **topic == *names.value(row)).ok_or_else(damaged)?;
+            late.push((topic as u16, partitions.value(row), offsets.value(row)));
+        }
+    }
+    Ok(late)
+}
+
+/// What of a batch lies before the ends and was read. No partition counts as idle.
+pub fn up_to(mut batch: SourceBatch, ends: &Positions, never: &HashSet<Origin>) -> Result<SourceBatch> {
     batch.at_end.clear();
     let before = |partition: i32, offset: i64| {
         ends.iter().any(|(place, end)| place.partition() == partition && offset < end)
@@ -33,7 +95,12 @@ pub fn up_to(mut batch: SourceBatch, ends: &Positions) -> Result<SourceBatch> {
         .values()
         .iter()
         .zip(batch.offset.values())
-        .map(|(partition, offset)| Some(before(*partition, *offset)))
+        .map(|(partition, offset)| {
+            Some(
+                before(*partition, *offset)
+                    && (never.is_empty() || !never.contains(&(0, *partition, *offset))),
+            )
+        })
         .collect();
     if kept.true_count() == kept.len() {
         return Ok(batch);
@@ -109,18 +176,18 @@ mod tests {
         let ends: Positions = [(place(0), 5), (place(1), 9)].into_iter().collect();
         let mut whole = batch(&[(0, 3), (1, 8), (0, 4)], &[(0, 5), (1, 9)]);
         whole.dead = vec![letter(0, 2)];
-        let kept = up_to(whole.clone(), &ends).unwrap();
+        let kept = up_to(whole.clone(), &ends, &HashSet::new()).unwrap();
         assert_eq!((kept.rows, kept.dead.len(), kept.reached), (whole.rows, 1, whole.reached));
         assert!(kept.at_end.is_empty(), "a partition that was read to its end could become idle");
 
-        let mut beyond = batch(&[(0, 4), (1, 7), (0, 5), (1, 9), (0, 6)], &[(0, 8), (1, 8)]);
+        let mut beyond = batch(&[(0, 4), (1, 7), (0, 5), (1, 8), (1, 9), (0, 6)], &[(0, 8), (1, 8)]);
         beyond.dead = vec![letter(0, 7), letter(1, 7)];
-        let kept = up_to(beyond, &ends).unwrap();
-        assert_eq!(kept.offset.values().to_vec(), [4, 7]);
+        let kept = up_to(beyond, &ends, &[(0, 1, 7)].into()).unwrap();
+        assert_eq!(kept.offset.values().to_vec(), [4, 8]);
         assert_eq!(kept.partition.values().to_vec(), [0, 1]);
-        assert_eq!(kept.timestamp.values().to_vec(), [40, 70]);
+        assert_eq!(kept.timestamp.values().to_vec(), [40, 80]);
         assert_eq!(kept.rows.num_rows(), 2);
-        assert_eq!(kept.payload.unwrap().value(1), [7]);
+        assert_eq!(kept.payload.unwrap().value(1), [8]);
         assert_eq!(kept.dead.iter().map(|letter| letter.partition).collect::<Vec<_>>(), [1]);
         let reached: Vec<_> = kept.reached.iter().collect();
         assert_eq!(reached, [(place(0), 5), (place(1), 8)]);

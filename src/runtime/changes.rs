@@ -1,7 +1,9 @@
 //! Changed SQL: what a start keeps of a state, what it forgets, and what it refuses (DESIGN §6).
 //!
 //! - A view or sink that means what it meant goes on with its state; so does one that was renamed or moved around.
-//! - A new one begins at the offsets that the pipeline has reached. Earlier rows are not in it.
+//! - A new sink, with the views that only new sinks read, is built from history where the source has one
+//!   ([`building`](super::building)). Else it begins at the offsets that the pipeline has reached: earlier rows are not in
+//!   it.
 //! - One that is gone is forgotten: its state files go to the garbage list of the next manifest. Its table stays.
 //! - One that means something else stops the start: rows of both meanings would be mixed.
 
@@ -11,8 +13,8 @@ use crate::connectors::files;
 use crate::error::{Error, Result};
 use crate::plan::changes::{Change, Comparison, Item};
 use crate::plan::{NodeId, SinkKind, SinkPlan, StreamPlan};
-use crate::runtime::{lookups, tables};
-use crate::state::manifest::Manifest;
+use crate::runtime::{history, lookups, tables};
+use crate::state::manifest::{Manifest, PreparedCommit};
 use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
 
@@ -23,6 +25,8 @@ pub struct Changes {
     pub items: Vec<Item>,
     /// Why a run would not start, besides what is changed.
     pub refusals: Vec<Error>,
+    /// New sinks that are built from history.
+    pub builds: Vec<String>,
     /// Look-up tables without `refresh` whose rows are others than in the run before.
     pub lookups: Vec<String>,
 }
@@ -35,8 +39,9 @@ impl Changes {
 }
 
 /// What to do when something is changed.
-pub const WAY_OUT: &str = "Change the SQL back, or run the changed pipeline under another --name with other locations: \
-                           it begins anew.";
+pub const WAY_OUT: &str = "Change the SQL back, or give the sinks of what is changed other names and locations (prefixes): \
+                           they are new then, and built from history where the source has one. Another --name with other locations begins \
+                           anew beside this one.";
 
 /// Looks at the state of a pipeline and at its tables, and changes nothing.
 ///
@@ -59,7 +64,7 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
         refusals.push(Error::user(message).hint(hint));
     }
     if let Some(latest) = &latest {
-        refusals.extend(unfinished(latest, &compared).await?);
+        refusals.extend(unfinished(plan, latest).await?);
         refusals.extend(copied(plan, latest));
     }
     #[cfg(feature = "delta")]
@@ -77,36 +82,35 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
         }
         _ => Vec::new(),
     };
-    Ok(Changes { epoch: latest.map(|latest| latest.epoch), items: compared.items, refusals, lookups })
+    let read = |latest: &Manifest| latest.sources.values().any(|source| !source.partitions.is_empty());
+    let new = if latest.as_ref().is_some_and(read) { compared.new } else { Vec::new() };
+    let builds = new.into_iter().filter(|node| history::builds(plan, *node));
+    let builds = builds.map(|node| plan.nodes[node].id.clone()).collect();
+    Ok(Changes { epoch: latest.map(|latest| latest.epoch), items: compared.items, refusals, builds, lookups })
 }
 
-/// Gives the plan's nodes the ids of the state.
+/// Gives the plan's nodes the ids of the state; returns the sinks that are new to it.
 ///
 /// # Errors
 /// User: a view or sink is not what it was. External: a table cannot be read.
-pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest) -> Result<()> {
+pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest) -> Result<Vec<NodeId>> {
     let compared = compare(plan, &latest.fingerprints);
     if let Some(error) = refused(&compared) {
         return Err(error);
     }
-    if let Some(error) = unfinished(latest, &compared).await? {
+    if let Some(error) = unfinished(plan, latest).await? {
         return Err(error);
     }
-    if !latest.fingerprints.is_empty() {
-        for item in &compared.items {
-            let what = if item.sink { "sink" } else { "view" };
-            let name = &item.name;
-            match &item.change {
-                Change::New => tracing::warn!(
-                    "{what} {name} is new: it begins at the offsets that the pipeline has reached, without earlier rows"
-                ),
-                Change::Gone => tracing::warn!("{what} {name} is gone: its state is dropped"),
-                Change::Kept | Change::Changed(_) => {}
-            }
-        }
+    if latest.fingerprints.is_empty() {
+        plan.adopt(&compared);
+        return Ok(Vec::new());
+    }
+    for item in compared.items.iter().filter(|item| item.change == Change::Gone) {
+        let what = if item.sink { "sink" } else { "view" };
+        tracing::warn!("{what} {} is gone: its state is dropped", item.name);
     }
     plan.adopt(&compared);
-    Ok(())
+    Ok(compared.new)
 }
 
 /// Fills the fingerprints of a data manifest in and leaves out what belongs to nodes that are gone.
@@ -115,6 +119,7 @@ pub fn forget(plan: &StreamPlan, next: &mut Manifest) {
     let live: BTreeSet<&str> = plan.nodes.iter().map(|node| node.id.as_str()).collect();
     next.files.retain(|file| live.contains(file.node.as_str()));
     next.nodes.retain(|id, _| live.contains(id.as_str()));
+    next.building = None;
 }
 
 /// A table that takes other columns does not stop a sink.
@@ -148,8 +153,9 @@ pub fn copied(plan: &StreamPlan, latest: &Manifest) -> Option<Error> {
 }
 
 /// A sink is gone, and the commit that was prepared for it may not be in its table: nobody would make it any more.
-async fn unfinished(latest: &Manifest, compared: &Comparison) -> Result<Option<Error>> {
-    for commit in latest.commits.iter().filter(|commit| compared.gone.contains(&commit.sink)) {
+async fn unfinished(plan: &StreamPlan, latest: &Manifest) -> Result<Option<Error>> {
+    let gone = |commit: &&PreparedCommit| !plan.sinks().any(|(_, sink)| tables::writes(sink, commit));
+    for commit in latest.commits.iter().filter(gone) {
         if !tables::is_committed(commit, &latest.pipeline).await? {
             let message = format!(
                 "sink {} is gone from the SQL, and its commit of epoch {} is not yet in its table {}",

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, StreamPlan};
+use crate::runtime::building::{self, Base};
 use crate::runtime::changes;
 use crate::runtime::compaction::Compaction;
 use crate::runtime::counts::{self, Counts};
@@ -54,6 +55,13 @@ pub struct RunOptions {
     pub console: fn() -> Box<dyn std::io::Write + Send>,
 }
 
+impl RunOptions {
+    /// To the end of what the pipeline has read, and no further.
+    fn building(&self) -> Self {
+        Self { until_end: true, close: true, ..self.clone() }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     Stopped,
@@ -75,6 +83,8 @@ struct Gathered {
 }
 
 struct Coordinator {
+    /// The pipeline that waits while a new part of it is built.
+    base: Option<Base>,
     plan: Arc<StreamPlan>,
     world: World,
     tasks: Tasks,
@@ -100,16 +110,36 @@ pub async fn run(
     metrics: Arc<Metrics>,
     stop: watch::Receiver<bool>,
 ) -> Result<Outcome> {
-    let mut world = open(&mut plan, &options).await?;
-    let plan = Arc::new(plan);
-    if world.manifest.closed {
-        return Ok(Outcome::AlreadyClosed);
+    loop {
+        let mut world = open(&mut plan, &options).await?;
+        if world.manifest.closed {
+            return Ok(Outcome::AlreadyClosed);
+        }
+        let Some(build) = building::begin(&plan, &mut world, &options).await? else {
+            return drive((Arc::new(plan), world, None), options, metrics, stop).await;
+        };
+        drop(world);
+        let metrics = metrics.part(&plan, &build.part);
+        let begun = (Arc::new(build.part), build.world, Some(build.base));
+        if drive(begun, options.building(), metrics, stop.clone()).await? == Outcome::Stopped {
+            return Ok(Outcome::Stopped);
+        }
     }
+}
+
+/// Runs what was opened.
+async fn drive(
+    (plan, mut world, base): (Arc<StreamPlan>, World, Option<Base>),
+    options: RunOptions,
+    metrics: Arc<Metrics>,
+    stop: watch::Receiver<bool>,
+) -> Result<Outcome> {
     let (durable, published) = watch::channel(0);
     let tasks = spawn(Arc::clone(&plan), &world, &options, Arc::clone(&metrics), published).await?;
     world.tables.begin_upkeep(&plan, &world.manifest, &world.store, &metrics)?;
     let last = world.manifest.clone();
     let mut coordinator = Coordinator {
+        base,
         plan,
         world,
         tasks,
@@ -142,7 +172,8 @@ impl Coordinator {
         ticks.tick().await;
         loop {
             // Shards may have reached their ends while an epoch was gathered.
-            let mut end = self.options.until_end && self.ended >= self.options.parallelism;
+            let ended = self.ended >= self.options.parallelism;
+            let mut end = self.options.until_end && ended;
             if !end {
                 tokio::select! {
                     _ = ticks.tick() => {}
@@ -158,7 +189,7 @@ impl Coordinator {
                     },
                 }
             }
-            let closing = end && self.options.close;
+            let closing = end && self.options.close && (ended || self.base.is_none());
             let full = self.is_full();
             self.epoch(end || full, closing).await?;
             if full && !end {
@@ -203,7 +234,8 @@ impl Coordinator {
         self.compaction.take_up(&mut next, &mut self.world.orphans).await;
         next.garbage = garbage_of(&self.last, &next, &self.deleted, &self.world.orphans);
         self.world.orphans.clear();
-        self.world.store.publish(&next).await?;
+        let whole = self.base.as_ref().map(|base| base.with(&next, close));
+        self.world.store.publish(whole.as_ref().unwrap_or(&next)).await?;
         let published = Clock.unix_millis();
         self.metrics.epoch.store(next.epoch, Ordering::Relaxed);
         self.metrics.checkpoint_ms.store(published, Ordering::Relaxed);
@@ -212,8 +244,9 @@ impl Coordinator {
         tables.commit(&self.plan, (&next, published), store, &self.metrics).await?;
         staged::publish(&self.plan, &next, Some(&self.metrics)).await?;
         self.world.store.check_fence(next.epoch).await?;
-        self.world.store.delete_files(&next.garbage).await?;
-        self.deleted = next.garbage.iter().cloned().collect();
+        let garbage = &whole.as_ref().unwrap_or(&next).garbage;
+        self.world.store.delete_files(garbage).await?;
+        self.deleted = garbage.iter().cloned().collect();
         for command in &self.tasks.commands {
             // Those that have ended after their last barrier need no word.
             command.send(Command::Durable { epoch: next.epoch }).await.ok();
@@ -299,7 +332,19 @@ impl Coordinator {
         // Sources have counted theirs.
         self.metrics.bury(&dead);
         gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
+        // Of a view that runs a second time they are known.
+        let twice = self.plan.nodes.iter().filter(|node| building::is_twice(&node.id));
+        let twice: BTreeSet<&str> = twice.filter_map(|node| node.kind.view()).collect();
+        dead.retain(|letter| !twice.contains(letter.at.as_ref()));
         dead
+    }
+
+    /// Late rows that are not in the ledger: of what is read again, those from before the state.
+    fn unknown(&self, mut late: Vec<(u16, i32, i64)>) -> Vec<(u16, i32, i64)> {
+        if let Some(decided) = &self.world.decided {
+            late.retain(|origin| !decided.late.contains(origin));
+        }
+        late
     }
 
     async fn gather(&mut self, mut gathered: Gathered, epoch: u64, expected: usize) -> Result<Gathered> {
@@ -351,6 +396,7 @@ impl Coordinator {
         gathered.states.iter_mut().for_each(|(_, part)| counted.merge(std::mem::take(&mut part.counts)));
         counts::fill(&self.plan, &self.last, next, counted);
         let generation = next.generation;
+        let late = self.unknown(late);
         if let Some(batch) = letters::ledger(&self.world.source.topics(), &late)? {
             let path = crate::state::manifest::ledger_name(&name, generation, next.epoch);
             crash::point("ledger.before");

@@ -370,10 +370,8 @@ impl Graph<'_> {
         readers
     }
 
-    /// Source threads, partitions dealt out in turn.
-    async fn spawn_source(&mut self, node: NodeId, chains: Vec<Chain>) -> Result<Vec<Sender<Command>>> {
-        let Some((_, plan)) = self.plan.source() else { return Ok(Vec::new()) };
-        let plan = Arc::new(plan.clone());
+    /// The clock of the source where the manifest left it.
+    fn clock(&self, plan: &SourcePlan) -> SourceClock {
         let stored = self.world.manifest.sources.get(&plan.name);
         let known = |place: Place| {
             let partitions = stored.map(|s| s.partitions.as_slice()).unwrap_or_default();
@@ -383,7 +381,18 @@ impl Graph<'_> {
                 .watermark
         };
         let places = self.world.positions.iter().map(|(place, _)| (place, known(place)));
-        let watermarks = SourceClock::new(plan.lateness, places, stored.and_then(|s| s.watermark));
+        let clock = SourceClock::new(plan.lateness, places, stored.and_then(|s| s.watermark));
+        match &self.world.decided {
+            Some(decided) => clock.below(decided.watermark.unwrap_or(START_OF_TIME)),
+            None => clock,
+        }
+    }
+
+    /// Source threads, partitions dealt out in turn.
+    async fn spawn_source(&mut self, node: NodeId, chains: Vec<Chain>) -> Result<Vec<Sender<Command>>> {
+        let Some((_, plan)) = self.plan.source() else { return Ok(Vec::new()) };
+        let plan = Arc::new(plan.clone());
+        let watermarks = self.clock(&plan);
         let counted = self.metrics.source(node);
         counted.watch(watermarks.clone());
         let mut commands: Vec<Sender<Command>> = Vec::new();

@@ -75,6 +75,8 @@ pub struct Bootstrap {
     topic: Arc<str>,
     /// Where each partition goes over to the topic.
     until: Positions,
+    /// Nothing from these offsets on is wanted.
+    limit: Option<Positions>,
     allow_gap: bool,
 }
 
@@ -139,7 +141,8 @@ pub async fn beginning(
     }
     // What the backup lacks is said before anything is written.
     book.check(version, &topic).await?;
-    let bootstrap = Bootstrap { location: location.to_owned(), version, topic, until, allow_gap };
+    let bootstrap =
+        Bootstrap { location: location.to_owned(), version, topic, until, limit: None, allow_gap };
     Ok(Beginning { partitions, positions, bootstrap: Some(bootstrap) })
 }
 
@@ -163,6 +166,17 @@ fn history_of(source: &SourcePlan) -> Option<&Backup> {
 fn is_backup(plan: &StreamPlan, node: NodeId, location: &str) -> bool {
     let NodeKind::Sink(sink) = &plan.nodes[node].kind else { return false };
     matches!(&sink.kind, SinkKind::Delta(config) if config.location == location)
+}
+
+/// Whether a sink that is new to a pipeline can be built from what the pipeline has read: there is a history, it is not the
+/// sink itself, and its rows have offsets of their own.
+pub fn builds(plan: &StreamPlan, node: NodeId) -> bool {
+    let Some((_, source)) = plan.source() else { return false };
+    let is_numbered =
+        source.history_options.end_offsets.is_some() && source.history_options.offset_column.is_none();
+    history_of(source).is_some_and(|backup| {
+        !is_numbered && !plan.reads_letters(node) && !is_backup(plan, node, &backup.location())
+    })
 }
 
 /// Whether a sink is the backup that the pipeline begins with: it goes on at its own offsets although its state is lost.
@@ -281,6 +295,13 @@ impl Bootstrap {
             version: self.version,
             until: self.until.iter().map(until).collect(),
         })
+    }
+
+    /// No rows from `ends` on, nor of other partitions.
+    pub fn limit(&mut self, ends: &Positions) {
+        let limited = |(place, until): (Place, i64)| Some((place, until.min(ends.get(place)?)));
+        self.until = self.until.iter().filter_map(limited).collect();
+        self.limit = Some(ends.clone());
     }
 
     /// Where each partition goes over to the topic.

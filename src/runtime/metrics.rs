@@ -29,7 +29,7 @@ pub struct SourceMetrics {
     pub late: AtomicU64,
     /// Records between what was read and the newest known end, over all shards.
     pub lag: AtomicI64,
-    pub history: HistoryMetrics,
+    pub history: Arc<HistoryMetrics>,
     clock: OnceLock<SourceClock>,
 }
 
@@ -190,6 +190,25 @@ impl Metrics {
         Arc::new(Self {
             sources: plan.source().into_iter().map(source).collect(),
             sinks: plan.sinks().map(sink).collect(),
+            ..Self::default()
+        })
+    }
+
+    /// Counters for a part of the plan that runs before the whole: what was read of history and what sinks wrote is shown as
+    /// the whole's.
+    pub fn part(&self, plan: &StreamPlan, part: &StreamPlan) -> Arc<Self> {
+        let counted = Self::of(part);
+        let history = self.sources.first().map(|(_, source)| Arc::clone(&source.history)).unwrap_or_default();
+        let source = |(node, source): (NodeId, &SourcePlan)| {
+            (node, Arc::new(SourceMetrics { history: Arc::clone(&history), ..source_metrics(source) }))
+        };
+        let sink = |(node, sink): &(NodeId, Arc<SinkMetrics>)| {
+            let whole = plan.sinks().find(|(_, other)| other.name == sink.name);
+            (*node, whole.map_or_else(|| Arc::clone(sink), |(whole, _)| self.sink(whole)))
+        };
+        Arc::new(Self {
+            sources: part.source().into_iter().map(source).collect(),
+            sinks: counted.sinks.iter().map(sink).collect(),
             ..Self::default()
         })
     }

@@ -5,6 +5,7 @@
 
 mod again;
 mod aside;
+mod building;
 pub mod chain;
 pub mod changes;
 mod compaction;

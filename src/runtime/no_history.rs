@@ -28,6 +28,10 @@ impl Bootstrap {
         match *self {}
     }
 
+    pub fn limit(&mut self, _: &Positions) {
+        match *self {}
+    }
+
     pub fn until(&self) -> &Positions {
         match *self {}
     }
@@ -42,6 +46,10 @@ impl Bootstrap {
     ) -> (Feeder, Vec<Box<dyn SourceReader>>) {
         match *self {}
     }
+}
+
+pub fn builds(_: &StreamPlan, _: NodeId) -> bool {
+    false
 }
 
 pub fn continues(_: &StreamPlan, _: NodeId, _: Option<&Manifest>) -> bool {

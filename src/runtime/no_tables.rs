@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::plan::{NodeId, StreamPlan};
+use crate::plan::{NodeId, SinkPlan, StreamPlan};
 use crate::runtime::metrics::Metrics;
 use crate::state::manifest::{Manifest, PreparedCommit, PreparedFile};
 use crate::state::store::StateStore;
@@ -17,6 +17,14 @@ pub struct Tables {
 impl Tables {
     pub async fn open(_: &StreamPlan, _: &str, _: Option<&Manifest>, _: &str) -> Result<Self> {
         Ok(Self::default())
+    }
+
+    pub fn is_written(&self, _: NodeId) -> bool {
+        false
+    }
+
+    pub fn part(&mut self, _: &StreamPlan, _: &StreamPlan) -> Self {
+        Self::default()
     }
 
     pub async fn commit(
@@ -47,6 +55,10 @@ pub fn prepared_commits(
     _: &str,
 ) -> Vec<PreparedCommit> {
     Vec::new()
+}
+
+pub fn writes(sink: &SinkPlan, commit: &PreparedCommit) -> bool {
+    sink.name == commit.sink
 }
 
 pub async fn is_committed(_: &PreparedCommit, _: &str) -> Result<bool> {

@@ -15,17 +15,13 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use arrow::array::AsArray;
-use arrow::datatypes::{Int32Type, Int64Type};
-use bytes::Bytes;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use tokio::sync::watch;
 
 use crate::connectors::delta::Mode;
 use crate::connectors::{PartitionInfo, SourceConnector};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
-use crate::runtime::again::Decided;
+use crate::runtime::again::{Decided, late};
 use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::lookups::Digests;
 use crate::runtime::metrics::Metrics;
@@ -60,9 +56,16 @@ pub struct Past<'a> {
 }
 
 /// Whether a lost commit can be made again, or why not. `before`: the data manifest before its own.
-fn possible(lost: &Lost, before: Option<&Manifest>, letters: bool) -> Result<(), &'static str> {
+fn possible(
+    lost: &Lost,
+    before: Option<&Manifest>,
+    (letters, building): (bool, bool),
+) -> Result<(), &'static str> {
     if before.is_none() && !letters {
         return Err("it is the first epoch, so there is no state before it");
+    }
+    if building {
+        return Err("it is of a table that was being built from history");
     }
     if lost.grows {
         return Err("the table gets other columns with this start");
@@ -87,11 +90,12 @@ pub async fn remake(plan: &StreamPlan, past: &Past<'_>, lost: &[Lost]) -> Result
         None => None,
     };
     let Some(epoch) = past.manifest.data_epoch else { return Ok(Vec::new()) };
+    let building = before.iter().chain([past.manifest]).any(|manifest| manifest.building.is_some());
     let (mut of_rows, mut of_letters) = (Vec::new(), Vec::new());
     for lost in lost {
         let Some((node, _)) = plan.sinks().find(|(_, sink)| sink.name == lost.commit.sink) else { continue };
         let letters = plan.reads_letters(node);
-        possible(lost, before.as_ref(), letters).map_err(|why| gone(lost, why))?;
+        possible(lost, before.as_ref(), (letters, building)).map_err(|why| gone(lost, why))?;
         let (sink, epoch) = (&lost.commit.sink, lost.commit.epoch);
         tracing::warn!(%sink, epoch, file = %lost.file, "a prepared file is gone; the epoch is made again");
         if letters { &mut of_letters } else { &mut of_rows }.push(node);
@@ -178,6 +182,7 @@ fn world(past: &Past<'_>, manifest: &Manifest, epoch: u64) -> World {
         lookups: Arc::default(),
         digests: Digests::default(),
         decided: None,
+        new: Vec::new(),
     }
 }
 
@@ -193,7 +198,10 @@ async fn run(part: Arc<StreamPlan>, past: &Past<'_>, before: &Manifest, epoch: u
         let hint = "Bring its rows of then back for one start, or the lost file from a copy of the store.";
         return Err(Error::external(message).hint(hint));
     }
-    let decided = Decided { late: late(past, epoch, &name).await?, watermark: to.watermark };
+    let segments = past.manifest.ledger.iter().filter(|s| s.epoch == epoch && s.source == name);
+    let segments = segments.map(|segment| segment.path.as_str());
+    let late = late(past.store, segments, &past.source.topics()).await?;
+    let decided = Decided { late, watermark: to.watermark, ..Decided::default() };
     let begun = history::beginning(&part, Some(before), past.source.as_ref(), past.partitions, false).await?;
     let world = World {
         positions: within(&begun.positions, &ends),
@@ -252,52 +260,9 @@ fn refuse_letters(plan: &StreamPlan) -> HashSet<&str> {
 
 fn refuses(kind: &NodeKind) -> Option<&str> {
     match kind {
-        NodeKind::Filter { view, .. } | NodeKind::Project { view, .. } | NodeKind::Unnest { view, .. } => {
-            Some(view)
-        }
         NodeKind::Sink(sink) => Some(&sink.name),
-        _ => None,
+        _ => kind.view(),
     }
-}
-
-/// What the epoch's ledger holds of the source.
-async fn late(past: &Past<'_>, epoch: u64, source: &str) -> Result<HashSet<(u16, i32, i64)>> {
-    let mut late = HashSet::new();
-    for segment in past.manifest.ledger.iter().filter(|s| s.epoch == epoch && s.source == source) {
-        let bytes = past.store.get_file(&segment.path).await?;
-        let read = read_ledger(bytes, &past.source.topics());
-        late.extend(read.map_err(|error| error.context(&segment.path))?);
-    }
-    Ok(late)
-}
-
-/// Reads a segment of the ledger back.
-///
-/// # Errors
-/// External: it is damaged, or names a topic that the source does not have.
-fn read_ledger(segment: Bytes, topics: &[Arc<str>]) -> Result<Vec<(u16, i32, i64)>> {
-    let damaged = || {
-        let hint = "Restore the state folder from a copy, or run `millstream reset` to begin a new state.";
-        Error::external("a segment of the late ledger is damaged").hint(hint)
-    };
-    let reader = ParquetRecordBatchReaderBuilder::try_new(segment).and_then(|builder| builder.build());
-    let mut late = Vec::new();
-    for batch in reader.map_err(|error| damaged().because(error))? {
-        let batch = batch.map_err(|error| damaged().because(error))?;
-        let names = batch.column_by_name("topic").and_then(|column| column.as_string_opt::<i32>());
-        let partitions =
-            batch.column_by_name("partition").and_then(|column| column.as_primitive_opt::<Int32Type>());
-        let offsets =
-            batch.column_by_name("offset").and_then(|column| column.as_primitive_opt::<Int64Type>());
-        let (Some(names), Some(partitions), Some(offsets)) = (names, partitions, offsets) else {
-            return Err(damaged());
-        };
-        for row in 0..batch.num_rows() {
-            let topic = topics.iter().position(|topic| **topic == *names.value(row)).ok_or_else(damaged)?;
-            late.push((topic as u16, partitions.value(row), offsets.value(row)));
-        }
-    }
-    Ok(late)
 }
 
 /// `read`: in the epoch as it was made again. Tombstones and skipped records leave no row, so none is missed; dead letters

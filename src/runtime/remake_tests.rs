@@ -1,6 +1,7 @@
 use uuid::Uuid;
 
 use super::*;
+use crate::runtime::again::read_ledger;
 use crate::state::manifest::{Claimant, next_claim};
 use crate::stream::Place;
 
@@ -37,17 +38,21 @@ fn lost(newest: Option<u64>) -> Lost {
 #[test]
 fn an_epoch_is_made_again_only_behind_the_one_before() {
     let before = manifest(6, Some("t"));
-    assert_eq!(possible(&lost(Some(6)), Some(&before), false), Ok(()));
-    assert!(possible(&lost(Some(6)), None, false).is_err(), "the first epoch");
-    assert!(possible(&lost(Some(5)), Some(&before), false).is_err(), "an older copy of the table");
-    assert!(possible(&lost(None), Some(&before), false).is_err(), "the table was removed");
-    assert_eq!(possible(&lost(None), Some(&manifest(6, Some("other"))), false), Ok(()), "the sink was new");
+    assert_eq!(possible(&lost(Some(6)), Some(&before), (false, false)), Ok(()));
+    assert!(possible(&lost(Some(6)), None, (false, false)).is_err(), "the first epoch");
+    assert!(possible(&lost(Some(5)), Some(&before), (false, false)).is_err(), "an older copy of the table");
+    assert!(possible(&lost(None), Some(&before), (false, false)).is_err(), "the table was removed");
+    assert_eq!(
+        possible(&lost(None), Some(&manifest(6, Some("other"))), (false, false)),
+        Ok(()),
+        "the sink was new"
+    );
     // Letters need no state before theirs, but their table does not lack any either.
-    assert_eq!(possible(&lost(Some(6)), Some(&before), true), Ok(()));
-    assert_eq!(possible(&lost(None), None, true), Ok(()));
-    assert!(possible(&lost(Some(5)), Some(&before), true).is_err(), "an older copy of the table");
-    assert!(possible(&lost(Some(5)), None, true).is_err(), "nothing says what came before");
-    assert!(possible(&Lost { grows: true, ..lost(Some(6)) }, Some(&before), false).is_err());
+    assert_eq!(possible(&lost(Some(6)), Some(&before), (true, false)), Ok(()));
+    assert_eq!(possible(&lost(None), None, (true, false)), Ok(()));
+    assert!(possible(&lost(Some(5)), Some(&before), (true, false)).is_err(), "an older copy of the table");
+    assert!(possible(&lost(Some(5)), None, (true, false)).is_err(), "nothing says what came before");
+    assert!(possible(&Lost { grows: true, ..lost(Some(6)) }, Some(&before), (false, false)).is_err());
 }
 
 #[test]

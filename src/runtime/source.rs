@@ -46,7 +46,7 @@ pub struct SourceTask {
     pub runtime: tokio::runtime::Handle,
     pub clock: Clock,
     pub watermarks: SourceClock,
-    /// Lateness and watermark, where an epoch runs again.
+    /// Lateness and watermark, where records are read again.
     pub decided: Option<Arc<Decided>>,
     pub chain: Chain,
     pub positions: Positions,
@@ -118,7 +118,7 @@ impl SourceTask {
             self.weigh()?;
             let polled = self.reader.poll(MAX_ROWS, Duration::from_millis(1))?;
             let polled = match (polled, &self.decided) {
-                (Some(batch), Some(_)) => Some(up_to(batch, &self.ends)?),
+                (Some(batch), Some(decided)) => Some(up_to(batch, &self.ends, &decided.never)?),
                 (polled, _) => polled,
             };
             match polled {
@@ -167,11 +167,13 @@ impl SourceTask {
     }
 
     fn cut(&mut self, barrier: crate::stream::Barrier, close: bool, out: &mut Outgoing) -> Result<()> {
-        if close {
-            self.watermarks.close();
-        }
-        if let Some(watermark) = self.decided.as_ref().and_then(|decided| decided.watermark) {
-            self.watermarks.raise(watermark);
+        match &self.decided {
+            None if close => drop(self.watermarks.close()),
+            None => {}
+            Some(decided) if decided.moves && !close => {}
+            Some(decided) => {
+                decided.watermark.into_iter().for_each(|watermark| self.watermarks.raise(watermark))
+            }
         }
         self.forward_watermark(out);
         let known = self.watermarks.partitions();
@@ -237,7 +239,10 @@ impl SourceTask {
 
     /// Group offsets, for lag tools: only what a manifest holds.
     fn acknowledge(&mut self, epoch: u64) {
-        if let Some((_, positions)) = self.state.cut.take_if(|(cut, _)| *cut <= epoch) {
+        // What is read again was acknowledged when it was read first.
+        if let Some((_, positions)) =
+            self.state.cut.take_if(|(cut, _)| *cut <= epoch && self.decided.is_none())
+        {
             self.reader.acknowledge(&positions);
         }
     }
@@ -259,6 +264,12 @@ impl SourceTask {
 
     fn tell_end(&mut self) -> Result<()> {
         let reached = |(place, end)| self.positions.get(place).is_some_and(|at| at >= end);
+        if self.decided.as_ref().is_some_and(|decided| decided.moves) && !self.state.told_end {
+            // Nothing follows that would be read.
+            for (place, _) in self.ends.iter().filter(|end| reached(*end)) {
+                self.watermarks.mark_idle(place);
+            }
+        }
         if !self.state.told_end && self.ends.iter().all(reached) {
             self.state.told_end = true;
             self.report(Report::AtEnd { shard: self.shard })?;
@@ -307,6 +318,10 @@ impl SourceTask {
         let records = Records::of(&batch);
         let mut dead = Vec::new();
         let kept = self.plan.accept(batch, &self.topic(), &mut dead)?;
+        if self.decided.as_ref().is_some_and(|decided| decided.moves) {
+            // They were buried when they were read first.
+            dead.clear();
+        }
         if !dead.is_empty() {
             self.reader.add_headers(&mut dead);
         }
@@ -334,16 +349,19 @@ impl SourceTask {
         self.state.epoch.accounts.accepted += batch.num_rows() as u64;
         let mut late = std::mem::take(&mut self.state.late);
         late.clear();
+        let moves = self.decided.as_ref().is_none_or(|decided| decided.moves);
+        if moves && self.plan.event_time.is_some() {
+            let places: Vec<Place> = batch.origin.place.values().iter().map(|place| Place(*place)).collect();
+            self.watermarks.observe(&places, batch.origin.time.values(), &mut late);
+        }
+        late.resize(batch.num_rows(), false);
         if let Some(decided) = &self.decided {
             let known = |row: usize| {
                 let (_, place, offset) = batch.origin.key(row);
                 let place = Place(place);
                 decided.late.contains(&(place.topic(), place.partition(), offset))
             };
-            late.extend((0..batch.num_rows()).map(known));
-        } else if self.plan.event_time.is_some() {
-            let places: Vec<Place> = batch.origin.place.values().iter().map(|place| Place(*place)).collect();
-            self.watermarks.observe(&places, batch.origin.time.values(), &mut late);
+            late.iter_mut().enumerate().for_each(|(row, late)| *late |= known(row));
         }
         let reached = self.reached();
         let count = late.iter().filter(|late| **late).count();

@@ -1,6 +1,6 @@
 //! The NDJSON sinks of a pipeline: what each epoch staged goes into its manifest and is published after it.
 
-use crate::connectors::ndjson::{Staged, clean, forget, publish as publish_files};
+use crate::connectors::ndjson::{self, Staged, clean, publish as publish_files};
 use crate::error::Result;
 use crate::plan::{NodeId, SinkKind, StreamPlan};
 use crate::runtime::metrics::Metrics;
@@ -65,9 +65,22 @@ pub async fn take_over(plan: &StreamPlan, manifest: &Manifest) -> Result<()> {
     for (_, sink) in plan.sinks() {
         if let SinkKind::Ndjson(config) = &sink.kind {
             clean(&config.location, manifest.generation).await?;
-            if manifest.data_epoch.is_none() {
-                forget(&config.location, manifest.generation).await?;
-            }
+        }
+    }
+    match manifest.data_epoch {
+        None => forget(plan, manifest.generation).await,
+        Some(_) => Ok(()),
+    }
+}
+
+/// Removes what sinks wrote that begin anew.
+///
+/// # Errors
+/// External: a location cannot be read or written.
+pub async fn forget(plan: &StreamPlan, generation: u64) -> Result<()> {
+    for (_, sink) in plan.sinks() {
+        if let SinkKind::Ndjson(config) = &sink.kind {
+            ndjson::forget(&config.location, generation).await?;
         }
     }
     Ok(())

@@ -54,8 +54,10 @@ pub struct World {
     pub lookups: Arc<Lookups>,
     /// What is in those that are read once.
     pub digests: Digests,
-    /// Of an epoch that runs again.
+    /// Of records that are read again.
     pub decided: Option<Arc<Decided>>,
+    /// Sinks that the state does not have.
+    pub new: Vec<NodeId>,
 }
 
 /// An online store, reached and, unless it was emptied, fenced.
@@ -106,10 +108,10 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     let claim = store.claim(name, newest + 1).await?;
     let manifest = claim.manifest;
     // Another process may have published more since we looked.
-    changes::adopt(plan, &manifest).await?;
+    let new = changes::adopt(plan, &manifest).await?;
     say_changed(&manifest, &digests);
     let orphans = store.unreferenced(&manifest).await?;
-    store::folders().for_each(|folder| remove_unfinished(&format!("{state}/{folder}")));
+    remove_unfinished(state);
     #[cfg(feature = "delta")]
     {
         let partitions = &seen;
@@ -130,11 +132,10 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     };
     let Beginning { partitions, positions, bootstrap: history } = beginning;
     let ends = partitions.iter().map(|p| (Place::new(0, p.topic, p.partition), p.high)).collect();
-    let claimed = manifest.epoch;
     Ok(World {
         store,
+        claimed: manifest.epoch,
         manifest,
-        claimed,
         orphans,
         source,
         embedded: identity.map(Into::into).or(embedded),
@@ -146,6 +147,7 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
         lookups: Arc::new(lookups),
         digests,
         decided: None,
+        new,
     })
 }
 
@@ -191,9 +193,12 @@ fn say_changed(manifest: &Manifest, digests: &Digests) {
     }
 }
 
-/// What killed processes left behind in a local folder.
-fn remove_unfinished(folder: &str) {
-    files::remove_unfinished(folder, Clock.unix_millis());
+/// What killed processes left behind in a local state.
+fn remove_unfinished(state: &str) {
+    let now = Clock.unix_millis();
+    for folder in store::folders() {
+        files::remove_unfinished(&format!("{state}/{folder}"), now);
+    }
 }
 
 /// Opens the source; a generator keeps the start of its first run, files their names.
@@ -270,7 +275,8 @@ async fn online_stores(
 async fn claim_online(store: Arc<dyn OnlineStore>, node: &str, manifest: &Manifest) -> Result<Online> {
     let OnlineState { fence: found, flushed, .. } = store.open().await?;
     // The generation under which the sink's state was written had raised its fence before.
-    let progress = manifest.nodes.get(node);
+    let building = manifest.building.as_ref();
+    let progress = manifest.nodes.get(node).or_else(|| building?.nodes.get(node));
     let expected = progress.map_or(0, |progress| progress.generation.unwrap_or(1));
     let lost = found < expected || set_back(progress.and_then(|progress| progress.facts.as_ref()), &flushed);
     crash::point("redis.fence.before");

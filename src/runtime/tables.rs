@@ -73,6 +73,25 @@ impl Tables {
         }
     }
 
+    /// Whether a table has a commit of an epoch.
+    pub fn is_written(&self, node: NodeId) -> bool {
+        self.committers.get(&node).is_some_and(|committer| committer.epoch().is_some())
+    }
+
+    /// Those of a part of the plan.
+    pub fn part(&mut self, plan: &StreamPlan, part: &StreamPlan) -> Self {
+        let mut tables = Self::none();
+        for (node, sink) in plan.sinks() {
+            let own = part.sinks().find(|(_, other)| other.name == sink.name);
+            if let Some((own, _)) = own
+                && let Some(committer) = self.committers.remove(&node)
+            {
+                tables.committers.insert(own, committer);
+            }
+        }
+        tables
+    }
+
     /// After the claim: creates what is missing, in commits of their own, replays the prepared commits unchanged, makes
     /// those again whose files are gone, and adds the columns that a table lacks.
     ///
@@ -170,7 +189,7 @@ impl Tables {
     }
 
     fn committer(&mut self, plan: &StreamPlan, commit: &PreparedCommit) -> Option<&mut DeltaCommitter> {
-        let (node, _) = plan.sinks().find(|(_, sink)| sink.name == commit.sink)?;
+        let (node, _) = plan.sinks().find(|(_, sink)| writes(sink, commit))?;
         self.committers.get_mut(&node)
     }
 
@@ -249,6 +268,15 @@ pub async fn is_committed(commit: &PreparedCommit, pipeline: &str) -> Result<boo
     Ok(newest.is_some_and(|newest| newest >= commit.epoch))
 }
 
+/// Whether a commit is of this sink, and of the table that it has now.
+pub fn writes(sink: &SinkPlan, commit: &PreparedCommit) -> bool {
+    sink.name == commit.sink
+        && match &sink.kind {
+            SinkKind::Delta(config) => config.location == commit.location,
+            _ => true,
+        }
+}
+
 /// Whether the table of a sink may be written on from the state whose newest manifest is `latest`.
 ///
 /// # Errors
@@ -273,14 +301,18 @@ pub fn fits(
         return Err(Error::user(message).hint(hint));
     }
     // A table of ours without a commit was made by a start that came to nothing.
-    let known = latest.is_some_and(|manifest| manifest.fingerprints.contains_key(sink));
+    let known = latest.is_some_and(|manifest| {
+        let building = manifest.building.as_ref();
+        manifest.fingerprints.contains_key(sink)
+            || building.is_some_and(|building| building.fingerprints.contains_key(sink))
+    });
     if let Some(epoch) = table.last_epoch.filter(|_| !known) {
         let message = format!(
             "sink {sink}: the table {location} has its rows up to epoch {epoch} and none of those that the pipeline \
              read without it"
         );
-        let hint = "Write to another location, or remove the table; filling the gap from history comes with a later \
-                    version.";
+        let hint = "Write to another location, or remove the table: it is built anew from the source's history if that \
+                    has one.";
         return Err(Error::user(message).hint(hint));
     }
     Ok(())

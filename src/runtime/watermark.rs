@@ -24,6 +24,8 @@ struct Partition {
 struct Inner {
     partitions: BTreeMap<Place, Partition>,
     published: Micros,
+    /// The source's own is never above it.
+    ceiling: Micros,
 }
 
 /// Shared by the shards of one source.
@@ -45,8 +47,15 @@ impl SourceClock {
             (place, Partition { max_time, idle: false })
         };
         let partitions = partitions.into_iter().map(restore).collect();
-        let inner = Inner { partitions, published: published.unwrap_or(START_OF_TIME) };
+        let published = published.unwrap_or(START_OF_TIME);
+        let inner = Inner { partitions, published, ceiling: END_OF_TIME };
         Self { lateness, inner: Arc::new(Mutex::new(inner)) }
+    }
+
+    /// The source's watermark stays at or below `ceiling`.
+    pub fn below(self, ceiling: Micros) -> Self {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).ceiling = ceiling;
+        self
     }
 
     /// Decides which rows are late, in order, and raises the watermarks. `late` gets one entry per row.
@@ -158,7 +167,7 @@ impl Inner {
             Some(minimum) => minimum,
             None => self.partitions.values().map(watermark).max().unwrap_or(START_OF_TIME),
         };
-        self.published = self.published.max(next);
+        self.published = self.published.max(next.min(self.ceiling));
         self.published
     }
 }

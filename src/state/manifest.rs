@@ -107,6 +107,19 @@ pub struct Manifest {
     /// The checkpoint of another pipeline that this state began as.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copied: Option<Copied>,
+    /// Sinks that are new and on their way from history to where the pipeline is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub building: Option<Building>,
+}
+
+/// A pipeline of new sinks within a pipeline that waits for them: what it has of its own. Its state files stand among the
+/// others.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Building {
+    pub sources: BTreeMap<String, SourceProgress>,
+    pub nodes: BTreeMap<String, NodeProgress>,
+    pub fingerprints: BTreeMap<String, String>,
 }
 
 /// Where a state was copied from.
@@ -337,6 +350,11 @@ impl Manifest {
         self.files.iter().map(|file| file.path.as_str()).chain(segments).collect()
     }
 
+    /// Whether a node belongs to what is being built.
+    pub fn builds(&self, node: &str) -> bool {
+        self.building.as_ref().is_some_and(|building| building.nodes.contains_key(node))
+    }
+
     /// Manifests below this epoch are garbage. Never falls along the chain.
     pub fn oldest_kept(&self) -> u64 {
         let recent = (self.epoch + 1).saturating_sub(KEPT_MANIFESTS);
@@ -508,6 +526,7 @@ pub fn next_claim(
             fingerprints: BTreeMap::new(),
             lookups: BTreeMap::new(),
             copied: None,
+            building: None,
         },
     }
 }
@@ -517,7 +536,10 @@ pub fn next_claim(
 pub fn copy_of(of: &Manifest, new_state_id: Uuid, claimant: &Claimant<'_>) -> Manifest {
     // A node of a view has the view in its name.
     let sink = |id: &str| super::accounts::view_of(id).is_none();
-    let (sinks, fingerprints) = of.fingerprints.clone().into_iter().partition(|(id, _)| sink(id));
+    let (mut sinks, fingerprints): (BTreeMap<_, _>, _) =
+        of.fingerprints.clone().into_iter().partition(|(id, _)| sink(id));
+    let building = of.building.iter().flat_map(|building| building.fingerprints.clone());
+    sinks.extend(building.filter(|(id, _)| sink(id)));
     Manifest {
         writer: claimant.writer,
         state_id: new_state_id,
@@ -529,6 +551,9 @@ pub fn copy_of(of: &Manifest, new_state_id: Uuid, claimant: &Claimant<'_>) -> Ma
         garbage: Vec::new(),
         fingerprints,
         copied: Some(Copied { pipeline: of.pipeline.clone(), epoch: of.epoch, sinks }),
+        // Its sinks are new to the copy too.
+        files: of.files.iter().filter(|file| !of.builds(&file.node)).cloned().collect(),
+        building: None,
         ..of.clone()
     }
 }

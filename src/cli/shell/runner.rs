@@ -22,6 +22,7 @@ impl Runner {
         Ok(Self { handle: runtime.handle().clone(), runtime: Some(runtime) })
     }
 
+    #[expect(clippy::disallowed_methods, reason = "waited for by the shell, or left behind")]
     pub fn spawn<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
         self.handle.spawn(work)
     }

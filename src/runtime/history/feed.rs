@@ -129,15 +129,24 @@ impl Feeder {
     async fn send(&self, pieces: Vec<Piece>) -> Result<()> {
         for piece in pieces {
             let shard = shard_of(Place::new(0, 0, piece.partition), self.senders.len());
-            let sent = self.senders[shard].send(Feed::Rows(Box::new(piece))).await;
-            sent.map_err(|_| Error::internal("a source task is gone"))?;
+            if self.senders[shard].send(Feed::Rows(Box::new(piece))).await.is_err() {
+                // The shard has ended; the others are about to.
+                std::future::pending::<()>().await;
+            }
         }
         Ok(())
     }
 
     /// Whether there is more to read of the backup: records behind the pinned version have expired meanwhile.
     async fn extend(&mut self) -> Result<bool> {
-        let expired = |p: &PartitionInfo| self.next.get(place_of(p)).is_some_and(|at| at < p.low);
+        let is_read = |place: Place, at: i64| {
+            let limit = self.bootstrap.limit.as_ref();
+            limit.is_some_and(|limit| limit.get(place).is_none_or(|end| at >= end))
+        };
+        let expired = |p: &PartitionInfo| {
+            let place = place_of(p);
+            self.next.get(place).is_some_and(|at| at < p.low && !is_read(place, at))
+        };
         if !self.source.partitions().await?.iter().any(expired) {
             return Ok(false);
         }
@@ -161,6 +170,9 @@ impl Feeder {
         self.bootstrap.version = pinned.version;
         self.bootstrap.until = until;
         self.next = next;
+        if let Some(limit) = self.bootstrap.limit.take() {
+            self.bootstrap.limit(&limit);
+        }
         Ok(more)
     }
 }

@@ -70,7 +70,8 @@ fn a_start_goes_on_in_history_and_fills_in_what_expired() {
 fn a_manifest_knows_of_the_history_until_every_partition_has_gone_over() {
     let until = at(&[(0, 10), (1, 20)]);
     let (location, topic) = ("lake/backup".to_owned(), "t".into());
-    let bootstrap = Bootstrap { location, version: 7, topic, until: until.clone(), allow_gap: false };
+    let bootstrap =
+        Bootstrap { location, version: 7, topic, until: until.clone(), limit: None, allow_gap: false };
     let reached = |offsets: [i64; 2]| {
         let progress = |(partition, next_offset): (usize, i64)| PartitionProgress {
             topic: 0,
