@@ -2,8 +2,8 @@
 //!
 //! The tasks of the rows and this work share the cores. On threads of one priority a checkpoint's encoders would delay
 //! rows on their way to the online store by as long as a core is theirs. So this work has threads of its own, which the
-//! system serves after the others when both want a core (Linux: nice 5, which still gets a quarter); elsewhere they are
-//! equal. Bounded channels and the one open epoch keep rows from running ahead of it.
+//! system serves after the others when both want a core (Linux: nice 10, which still gets a tenth; at 5 a checkpoint delayed
+//! rows two to five times as long, `benches/README.md`); elsewhere they are equal. Bounded channels and the one open epoch keep rows from running ahead of it.
 
 use std::future::Future;
 use std::sync::LazyLock;
@@ -36,7 +36,7 @@ pub fn spawn<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) 
 fn yield_to_others() {
     // SAFETY: takes three numbers. On Linux 0 is the calling thread, not its process. A failure changes nothing.
     unsafe {
-        libc::setpriority(libc::PRIO_PROCESS, 0, 5);
+        libc::setpriority(libc::PRIO_PROCESS, 0, 10);
     }
 }
 
