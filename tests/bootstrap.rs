@@ -82,7 +82,7 @@ fn done(mut command: Command) -> String {
     said
 }
 
-fn spawned(mut command: Command, log: &str, case: &Case) -> Child {
+pub fn spawned(mut command: Command, log: &str, case: &Case) -> Child {
     let log = fs::File::create(case.path(log)).unwrap();
     command.stdout(Stdio::null()).stderr(log).spawn().unwrap()
 }

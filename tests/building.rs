@@ -2,10 +2,10 @@
 //! keep coming. What comes of them is what the sinks have that were there from the beginning.
 
 use std::fs;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-use crate::bootstrap::{crash_at, expire};
+use crate::bootstrap::{crash_at, expire, spawned};
 use crate::case::Case;
 use crate::crash::Crashes;
 
@@ -41,6 +41,15 @@ const ON_THE_WAY: [&str; 7] = [
     "delta.commit.after:2",
 ];
 
+/// A pipeline with a state, whose topic has lost what was read.
+async fn begun(name: &str) -> Option<Crashes> {
+    let mut crashes = Crashes::new(name, false).await?;
+    crashes.produce(15_000).await;
+    assert!(crashes.case.run(&["--until-end", "--checkpoint", "300ms"]).status.success());
+    expire(&crashes.case).await;
+    Some(crashes)
+}
+
 fn sql(case: &Case) -> String {
     fs::read_to_string(case.path("transactions.sql")).unwrap()
 }
@@ -58,11 +67,6 @@ fn command(crashes: &mut Crashes, interval: &str) -> Command {
         "--parallelism",
         &parallelism,
     ]))
-}
-
-fn spawned(mut command: Command, case: &Case) -> Child {
-    let log = fs::File::create(case.path("built.log")).unwrap();
-    command.stdout(Stdio::null()).stderr(log).spawn().unwrap()
 }
 
 fn log(case: &Case) -> String {
@@ -100,10 +104,7 @@ fn refuses(case: &Case, message: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn new_sinks_are_built_over_kills_and_have_what_the_others_have() {
-    let Some(mut crashes) = Crashes::new("building", false).await else { return };
-    crashes.produce(15_000).await;
-    assert!(crashes.case.run(&["--until-end", "--checkpoint", "300ms"]).status.success());
-    expire(&crashes.case).await;
+    let Some(mut crashes) = begun("building").await else { return };
     crashes.produce(2_000).await;
     with_new(&crashes);
     let plan = ["plan", "--state", &crashes.case.state, "--name", &crashes.case.name];
@@ -119,7 +120,7 @@ async fn new_sinks_are_built_over_kills_and_have_what_the_others_have() {
     }
     assert!(building >= 1, "no manifest was in the middle of it");
     for _ in 0..3 {
-        let mut running = spawned(command(&mut crashes, "50ms"), &crashes.case);
+        let mut running = spawned(command(&mut crashes, "50ms"), "built.log", &crashes.case);
         crashes.produce(300).await;
         std::thread::sleep(Duration::from_millis(crashes.dice.roll(1_500)));
         assert!(running.try_wait().unwrap().is_none(), "{}", log(&crashes.case));
@@ -133,10 +134,7 @@ async fn new_sinks_are_built_over_kills_and_have_what_the_others_have() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_begun_can_be_left_and_begun_anew() {
-    let Some(mut crashes) = Crashes::new("building-left", false).await else { return };
-    crashes.produce(15_000).await;
-    assert!(crashes.case.run(&["--until-end", "--checkpoint", "300ms"]).status.success());
-    expire(&crashes.case).await;
+    let Some(mut crashes) = begun("building-left").await else { return };
     let before = sql(&crashes.case);
     with_new(&crashes);
     let killed = command(&mut crashes, "20ms");

@@ -95,8 +95,8 @@ impl State {
     pub async fn replayed(&self) -> Result<RecordBatch> {
         let columns = Arc::new(schema().project(&[4, 5, 6])?);
         let mut rows = Vec::new();
-        for path in self.store.files().await?.iter().filter(|path| path.starts_with("replayed/")) {
-            rows.extend(self.read(path).await?);
+        for path in self.store.replayed().await? {
+            rows.extend(self.read(&path).await?);
         }
         Ok(concat_batches(&columns, &rows)?)
     }

@@ -31,13 +31,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::plan::{NodeId, NodeKind, StreamPlan};
+use crate::plan::{NodeId, NodeKind, SinkPlan, StreamPlan};
 use crate::runtime::RunOptions;
 use crate::runtime::again::{Decided, late};
 use crate::runtime::history;
 use crate::runtime::lookups;
 use crate::runtime::staged;
-use crate::runtime::start::{Beginning, World};
+use crate::runtime::start::{Beginning, Online, World};
 use crate::state::manifest::{Building, Manifest};
 use crate::stream::{Micros, Place, Positions};
 
@@ -66,6 +66,9 @@ pub struct Build {
 /// External: a gap between history and topic, something that cannot be reached or read. User: a table has rows of a part
 /// that was begun with other SQL.
 pub async fn begin(plan: &StreamPlan, world: &mut World, options: &RunOptions) -> Result<Option<Build>> {
+    if world.new.is_empty() && world.manifest.building.is_none() {
+        return Ok(None);
+    }
     let begun = world.manifest.clone();
     world.manifest = base_of(&begun);
     let left = begun.files.iter().filter(|file| begun.builds(&file.node)).map(|file| file.path.clone());
@@ -107,10 +110,6 @@ pub async fn begin(plan: &StreamPlan, world: &mut World, options: &RunOptions) -
     );
     let decided = decided(world, manifest, source.name.as_str(), read.watermark).await?;
     let (lookups, digests) = lookups::open(&part).await?;
-    let online = part.sinks().filter_map(|(node, sink)| {
-        let (whole, _) = plan.sinks().find(|(_, other)| other.name == sink.name)?;
-        Some((node, world.online.get(&whole)?.clone()))
-    });
     let known = |place: &Place| partitions.iter().any(|p| Place::new(0, p.topic, p.partition) == *place);
     let ends: Positions = ends.iter().filter(|(place, _)| known(place)).collect();
     let part_world = World {
@@ -124,7 +123,7 @@ pub async fn begin(plan: &StreamPlan, world: &mut World, options: &RunOptions) -
             history.limit(&ends);
             history
         }),
-        online: online.collect(),
+        online: online_of(plan, &part, world),
         tables: world.tables.part(plan, &part),
         lookups: Arc::new(lookups),
         digests,
@@ -133,8 +132,17 @@ pub async fn begin(plan: &StreamPlan, world: &mut World, options: &RunOptions) -
         ends,
         manifest: inner,
     };
-    let base = Base(base_of(manifest));
+    let base = Base(world.manifest.clone());
     Ok(Some(Build { part, world: part_world, base }))
+}
+
+/// The online stores of a part of the plan.
+fn online_of(plan: &StreamPlan, part: &StreamPlan, world: &World) -> BTreeMap<NodeId, Online> {
+    let own = |(node, sink): (NodeId, &SinkPlan)| {
+        let (whole, _) = plan.sinks().find(|(_, other)| other.name == sink.name)?;
+        Some((node, world.online.get(&whole)?.clone()))
+    };
+    part.sinks().filter_map(own).collect()
 }
 
 /// What the pipeline decided about what it has read of a source.
@@ -147,9 +155,8 @@ async fn decided(
     let topics = world.source.topics();
     let segments = manifest.ledger.iter().filter(|segment| segment.source == source);
     let decided = late(&world.store, segments.map(|segment| segment.path.as_str()), &topics).await?;
-    let files = world.store.files().await?;
-    let replayed = files.iter().map(String::as_str).filter(|path| path.starts_with("replayed/"));
-    let never = late(&world.store, replayed, &topics).await?;
+    let replayed = world.store.replayed().await?;
+    let never = late(&world.store, replayed.iter().map(String::as_str), &topics).await?;
     Ok(Decided { late: decided, never, watermark, moves: true })
 }
 

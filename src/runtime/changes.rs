@@ -101,15 +101,14 @@ pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest) -> Result<Vec<NodeI
     if let Some(error) = unfinished(plan, latest).await? {
         return Err(error);
     }
+    plan.adopt(&compared);
     if latest.fingerprints.is_empty() {
-        plan.adopt(&compared);
         return Ok(Vec::new());
     }
     for item in compared.items.iter().filter(|item| item.change == Change::Gone) {
         let what = if item.sink { "sink" } else { "view" };
         tracing::warn!("{what} {} is gone: its state is dropped", item.name);
     }
-    plan.adopt(&compared);
     Ok(compared.new)
 }
 

@@ -213,6 +213,14 @@ impl StateStore {
         Ok(listed)
     }
 
+    /// Files that say which records were replayed.
+    ///
+    /// # Errors
+    /// External: the store cannot be listed.
+    pub async fn replayed(&self) -> Result<Vec<String>> {
+        self.list("replayed", None).await
+    }
+
     fn check_owner(&self, last: &Manifest, pipeline: &str) -> Result<()> {
         if last.pipeline == pipeline {
             return Ok(());
