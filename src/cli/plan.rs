@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{Files, load, output, pipeline_name, state_of};
 use crate::error::{Error, Result};
 use crate::plan::changes::{Change, Item};
-use crate::runtime::changes::{Changes, WAY_OUT, changes};
+use crate::runtime::changes::{Changes, REBUILD, WAY_OUT, changes};
 use crate::sql::CreateSchedule;
 use crate::sql::place::render;
 use crate::stream::clock::Clock;
@@ -83,7 +83,11 @@ fn table(found: &Changes, schedules: &[CreateSchedule], name: &str, state: &str)
     found.refusals.iter().for_each(|error| eprint!("{}", render(error)));
     if found.items.iter().any(Item::is_changed) {
         let message = "run would not start: what is changed would mix rows of two meanings";
-        eprint!("{}", render(&Error::user(message).hint(WAY_OUT)));
+        let hint = match found.rebuilds_all() {
+            true => format!("{REBUILD} {WAY_OUT}"),
+            false => WAY_OUT.to_owned(),
+        };
+        eprint!("{}", render(&Error::user(message).hint(hint)));
     }
     Ok(())
 }
@@ -104,6 +108,7 @@ fn json(found: &Changes, schedules: &[CreateSchedule], name: &str, state: &str) 
         "epoch": found.epoch,
         "starts": found.starts(),
         "items": found.items.iter().map(item).collect::<Vec<_>>(),
+        "rebuilds": found.rebuilds,
         "refusals": refusals,
         "lookups": found.lookups,
         "schedules": schedules.iter().map(|schedule| json!({
@@ -136,6 +141,9 @@ fn meaning(item: &Item, found: &Changes) -> (&'static str, &'static str) {
             ("new", "new: begins at the offsets that the pipeline has reached, without earlier rows")
         }
         (Change::Kept, _) => ("unchanged", "unchanged: keeps its state"),
+        (Change::Changed(_), true) if found.rebuilds.contains(&item.name) => {
+            ("changed", "changed: run --rebuild computes it anew from history, in its place")
+        }
         (Change::Changed(_), _) => ("changed", "changed: must be rebuilt"),
         (Change::Gone, false) => ("gone", "gone: its state is dropped"),
         (Change::Gone, true) => ("gone", "gone: what it wrote stays, its state is dropped"),

@@ -30,6 +30,7 @@
 //! eight chunks of similar size have gathered they are merged, and a chunk that is mostly garbage is rewritten, so
 //! memory is at most about twice the live rows and a row is copied O(log n) times.
 
+mod bury;
 mod keys;
 
 #[cfg(test)]
@@ -369,7 +370,10 @@ impl Newest {
             self.filed -= slots.len();
             for slot in slots {
                 let index = slot as usize;
-                if !self.at[index].is_vacant() && self.slots[index].time.div_euclid(width) == bucket {
+                let Slot { time, deleted, dirty, .. } = self.slots[index];
+                // The store may have a row of a key whose deletion it does not know.
+                let waits = deleted && dirty;
+                if !self.at[index].is_vacant() && time.div_euclid(width) == bucket && !waits {
                     self.drop_slot(slot);
                 }
             }

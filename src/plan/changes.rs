@@ -45,6 +45,8 @@ pub struct Comparison {
     pub gone: BTreeSet<String>,
     /// Sinks of the plan that the state does not have.
     pub new: Vec<NodeId>,
+    /// Sinks of the plan that mean something else than in the state, and what they meant.
+    pub differ: Vec<(NodeId, String)>,
     ids: Vec<(NodeId, String)>,
 }
 
@@ -99,8 +101,10 @@ impl StreamPlan {
                     None => (Change::New, None),
                 },
             };
-            if sink && change == Change::New {
-                compared.new.push(id);
+            match &change {
+                Change::New if sink => compared.new.push(id),
+                Change::Changed(_) if sink => compared.differ.push((id, known[&node.id].clone())),
+                _ => {}
             }
             compared.add(name, sink, change);
             let own = found.unwrap_or_else(|| unused(&node.id, &taken));

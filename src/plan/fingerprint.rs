@@ -27,7 +27,7 @@ use crate::plan::{NodeId, NodeKind, SinkKind, SourcePlan, StreamPlan, describe_g
 use crate::sql::interval::display_micros;
 
 /// How a text of the second format begins.
-const FORMAT: &str = "fingerprint 2";
+pub(super) const FORMAT: &str = "fingerprint 2";
 
 /// Columns of a node that are read; `None`: all.
 type Needed = Option<BTreeSet<usize>>;

@@ -18,6 +18,7 @@ pub mod lower;
 mod order;
 mod prepared;
 pub mod reach;
+mod rebuild;
 #[cfg(feature = "redis")]
 pub mod remote;
 mod retract;

@@ -488,7 +488,9 @@ impl fmt::Display for SinkPlan {
         };
         match &self.kind {
             #[cfg(feature = "delta")]
-            SinkKind::Delta(config) => write!(f, "delta {}", config.location)?,
+            SinkKind::Delta(config) => {
+                write!(f, "delta {}", config.stands_for.as_ref().unwrap_or(&config.location))?;
+            }
             #[cfg(feature = "kafka")]
             SinkKind::Kafka(config) => write!(f, "kafka topic {}", config.topic)?,
             #[cfg(feature = "redis")]

@@ -5,7 +5,9 @@
 //!   ([`building`](super::building)). Else it begins at the offsets that the pipeline has reached: earlier rows are not in
 //!   it.
 //! - One that is gone is forgotten: its state files go to the garbage list of the next manifest. Its table stays.
-//! - One that means something else stops the start: rows of both meanings would be mixed.
+//! - One that means something else stops the start, as rows of both meanings would be mixed; unless the start says
+//!   `--rebuild`: then its rows are replaced by what the SQL now makes of all that was read ([`building`](super::building)).
+//!   A start after one that was killed on the way goes on without being told again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +15,7 @@ use crate::connectors::files;
 use crate::error::{Error, Result};
 use crate::plan::changes::{Change, Comparison, Item};
 use crate::plan::{NodeId, SinkKind, SinkPlan, StreamPlan};
-use crate::runtime::{history, lookups, tables};
+use crate::runtime::{building, history, lookups, tables};
 use crate::state::manifest::{Manifest, PreparedCommit};
 use crate::state::store::StateStore;
 use crate::stream::clock::Clock;
@@ -27,16 +29,29 @@ pub struct Changes {
     pub refusals: Vec<Error>,
     /// New sinks that are built from history.
     pub builds: Vec<String>,
+    /// Changed sinks that can be rebuilt in their place.
+    pub rebuilds: Vec<String>,
+    /// Whether every changed sink is among them.
+    rebuilds_all: bool,
     /// Look-up tables without `refresh` whose rows are others than in the run before.
     pub lookups: Vec<String>,
 }
 
 impl Changes {
+    /// Whether `--rebuild` is a way out for all that is changed.
+    pub fn rebuilds_all(&self) -> bool {
+        self.rebuilds_all
+    }
+
     /// Whether a run would start, as far as state and tables go.
     pub fn starts(&self) -> bool {
         self.refusals.is_empty() && !self.items.iter().any(Item::is_changed)
     }
 }
+
+/// What a start says, beside [`WAY_OUT`], of sinks that can be rebuilt in their place.
+pub const REBUILD: &str = "run --rebuild computes the changed sinks anew from history, and replaces the rows of each table in one \
+                           commit when it has all that was read; until then what was there stays, and is served.";
 
 /// What to do when something is changed.
 pub const WAY_OUT: &str = "Change the SQL back, or give the sinks of what is changed other names and locations (prefixes): \
@@ -69,7 +84,9 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
     }
     #[cfg(feature = "delta")]
     for (node, _) in plan.sinks() {
-        if let Err(error) = tables::look(plan, node, name, latest.as_ref(), state).await {
+        let is_changed = compared.differ.iter().any(|(sink, _)| *sink == node);
+        let looked = tables::look(plan, node, name, latest.as_ref(), (state, is_changed)).await;
+        if let Err(error) = looked {
             match error.domain() {
                 crate::error::Domain::User => refusals.push(error),
                 _ => return Err(error),
@@ -86,16 +103,28 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
     let new = if latest.as_ref().is_some_and(read) { compared.new } else { Vec::new() };
     let builds = new.into_iter().filter(|node| history::builds(plan, *node));
     let builds = builds.map(|node| plan.nodes[node].id.clone()).collect();
-    Ok(Changes { epoch: latest.map(|latest| latest.epoch), items: compared.items, refusals, builds, lookups })
+    let differ = compared.differ.iter().filter(|(node, known)| why_not(plan, *node, known).is_none());
+    let rebuilds: Vec<String> = differ.map(|(node, _)| plan.nodes[*node].id.clone()).collect();
+    let rebuilds_all = !rebuilds.is_empty() && rebuilds.len() == compared.differ.len();
+    let (epoch, items) = (latest.map(|latest| latest.epoch), compared.items);
+    Ok(Changes { epoch, items, refusals, builds, rebuilds, rebuilds_all, lookups })
 }
 
-/// Gives the plan's nodes the ids of the state; returns the sinks that are new to it.
+/// Sinks that the state does not have as the SQL has them.
+#[derive(Debug, Default)]
+pub struct Unlike {
+    pub new: Vec<NodeId>,
+    /// Rebuilt in their place.
+    pub rebuilt: Vec<NodeId>,
+}
+
+/// Gives the plan's nodes the ids of the state; returns the sinks that have to be built. `rebuild`: sinks that changed may be.
 ///
 /// # Errors
 /// User: a view or sink is not what it was. External: a table cannot be read.
-pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest) -> Result<Vec<NodeId>> {
+pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest, rebuild: bool) -> Result<Unlike> {
     let compared = compare(plan, &latest.fingerprints);
-    if let Some(error) = refused(&compared) {
+    if let Some(error) = refused(plan, &compared, latest, rebuild) {
         return Err(error);
     }
     if let Some(error) = unfinished(plan, latest).await? {
@@ -103,13 +132,14 @@ pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest) -> Result<Vec<NodeI
     }
     plan.adopt(&compared);
     if latest.fingerprints.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Unlike::default());
     }
     for item in compared.items.iter().filter(|item| item.change == Change::Gone) {
         let what = if item.sink { "sink" } else { "view" };
         tracing::warn!("{what} {} is gone: its state is dropped", item.name);
     }
-    Ok(compared.new)
+    let rebuilt = compared.differ.into_iter().map(|(node, _)| node).collect();
+    Ok(Unlike { new: compared.new, rebuilt })
 }
 
 /// Fills the fingerprints of a data manifest in and leaves out what belongs to nodes that are gone.
@@ -126,14 +156,37 @@ fn compare(plan: &StreamPlan, known: &BTreeMap<String, String>) -> Comparison {
     plan.compare(known, &|id, text| tables::may_grow(plan, id, text))
 }
 
-fn refused(compared: &Comparison) -> Option<Error> {
+/// Why a sink that changed cannot be rebuilt in its place.
+fn why_not(plan: &StreamPlan, sink: NodeId, known: &str) -> Option<String> {
+    match history::builds(plan, sink) {
+        true => plan.stays_put(sink, known),
+        false => Some("its source has no history from which it could be".to_owned()),
+    }
+}
+
+fn refused(plan: &StreamPlan, compared: &Comparison, latest: &Manifest, rebuild: bool) -> Option<Error> {
     let (item, lines) = compared.changed()?;
+    let mut hint = format!("{WAY_OUT} millstream plan shows all that changed.");
+    let refusal = compared.differ.iter().find_map(|(node, known)| Some((*node, why_not(plan, *node, known)?)));
+    let begun = |(node, _): &(NodeId, String)| {
+        let known = latest.building.as_ref().and_then(|b| b.fingerprints.get(&building::instead_of(plan, *node)));
+        known.is_some_and(|known| plan.means(*node, known))
+    };
+    match refusal {
+        None if rebuild || compared.differ.iter().all(begun) => return None,
+        None => hint = format!("{REBUILD} {hint}"),
+        Some((node, why)) if rebuild => {
+            let message = format!("sink {} cannot be rebuilt in its place: {why}", plan.nodes[node].id);
+            return Some(Error::user(message).hint(hint));
+        }
+        Some(_) => {}
+    }
     let what = if item.sink { "sink" } else { "view" };
     let mut message = format!("{what} {} is not what it was when its state was written", item.name);
     for line in lines {
         message.push_str(&format!("\n  {line}"));
     }
-    Some(Error::user(message).hint(format!("{WAY_OUT} millstream plan shows all that changed.")))
+    Some(Error::user(message).hint(hint))
 }
 
 /// A pipeline that began as a copy must not take up the NDJSON files of the one that it was copied from: a start removes
@@ -153,7 +206,13 @@ pub fn copied(plan: &StreamPlan, latest: &Manifest) -> Option<Error> {
 
 /// A sink is gone, and the commit that was prepared for it may not be in its table: nobody would make it any more.
 async fn unfinished(plan: &StreamPlan, latest: &Manifest) -> Result<Option<Error>> {
-    let gone = |commit: &&PreparedCommit| !plan.sinks().any(|(_, sink)| tables::writes(sink, commit));
+    let stand_ins = latest.building.iter().flat_map(|building| building.stand_ins.values());
+    let stand_ins: BTreeSet<&String> = stand_ins.collect();
+    let gone = |commit: &&PreparedCommit| {
+        let written = plan.sinks().any(|(_, sink)| tables::writes(sink, commit));
+        // Nothing of a rebuild is missed that is left.
+        !written && !stand_ins.contains(&commit.location)
+    };
     for commit in latest.commits.iter().filter(gone) {
         if !tables::is_committed(commit, &latest.pipeline).await? {
             let message = format!(

@@ -51,6 +51,8 @@ pub struct RunOptions {
     pub memory: Option<u64>,
     /// Go on where records are in neither the topic nor its history.
     pub allow_gap: bool,
+    /// Rebuild sinks whose SQL changed in their place.
+    pub rebuild: bool,
     /// Where `console` sinks write: only the command line prints.
     pub console: fn() -> Box<dyn std::io::Write + Send>,
 }

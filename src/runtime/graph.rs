@@ -45,7 +45,8 @@ use crate::runtime::sinks::DeltaTask;
 use crate::runtime::sinks::{AppendTask, NdjsonTask};
 use crate::runtime::source::{SourceState, SourceTask};
 use crate::runtime::stage::{Operate, StageTask};
-use crate::runtime::start::{World, restore};
+use crate::runtime::building::is_instead;
+use crate::runtime::start::{World, restore, served};
 #[cfg(feature = "delta")]
 use crate::runtime::upsert::UpsertTask;
 use crate::runtime::watermark::SourceClock;
@@ -278,6 +279,7 @@ impl Graph<'_> {
     async fn spawn_sink(&mut self, node: NodeId, sink: &SinkPlan) -> Result<()> {
         let inboxes = self.inboxes.remove(&node).unwrap_or_default();
         let restored = restore(self.world, &self.plan.nodes[node].id, "newest", self.parallelism).await?;
+        let served = served(self.world, &self.plan.nodes[node].id, self.parallelism).await?;
         if let SinkKind::Collect(collector) = &sink.kind {
             collector.take_over(self.world.manifest.generation, self.world.manifest.epoch);
         }
@@ -294,6 +296,7 @@ impl Graph<'_> {
                 }
                 SinkKind::Online { ttl_micros, .. } => {
                     let mut newest = Newest::new(Arc::clone(&sink.schema), sink.key.clone(), *ttl_micros)?;
+                    newest.bury(&served.shards[shard])?;
                     newest.restore(&restored.shards[shard])?;
                     let online = self.world.online.get(&node).cloned().ok_or_else(|| {
                         Error::internal(format!("the online sink {} was not opened", sink.name))
@@ -311,6 +314,7 @@ impl Graph<'_> {
                         newest,
                         store: online.store,
                         hold,
+                        quiet: is_instead(&self.plan.nodes[node].id),
                         inbox,
                         reports,
                         saver: self.saver(node, shard),

@@ -1,5 +1,6 @@
 //! What stands for [`tables`](self) in a build without the feature `delta`: no plan has a Delta sink then.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::error::Result;
@@ -15,7 +16,12 @@ pub struct Tables {
 }
 
 impl Tables {
-    pub async fn open(_: &StreamPlan, _: &str, _: Option<&Manifest>, _: &str) -> Result<Self> {
+    pub async fn open(
+        _: &StreamPlan,
+        _: &str,
+        _: Option<&Manifest>,
+        _: (&str, &[NodeId]),
+    ) -> Result<Self> {
         Ok(Self::default())
     }
 
@@ -23,8 +29,8 @@ impl Tables {
         false
     }
 
-    pub fn part(&mut self, _: &StreamPlan, _: &StreamPlan) -> Self {
-        Self::default()
+    pub async fn part(&mut self, _: &StreamPlan, _: &StreamPlan, _: &Manifest) -> Result<Self> {
+        Ok(Self::default())
     }
 
     pub async fn commit(
@@ -55,6 +61,27 @@ pub fn prepared_commits(
     _: &str,
 ) -> Vec<PreparedCommit> {
     Vec::new()
+}
+
+pub fn stand_in(
+    _: &mut StreamPlan,
+    _: &BTreeSet<String>,
+    _: &BTreeMap<String, String>,
+    _: u64,
+) -> BTreeMap<String, String> {
+    BTreeMap::new()
+}
+
+pub fn stands_for(_: &SinkPlan) -> Option<String> {
+    None
+}
+
+pub async fn all_there(_: &BTreeMap<String, String>) -> Result<bool> {
+    Ok(true)
+}
+
+pub async fn forget(_: &BTreeMap<String, String>) -> Result<()> {
+    Ok(())
 }
 
 pub fn writes(sink: &SinkPlan, commit: &PreparedCommit) -> bool {

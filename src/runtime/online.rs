@@ -75,6 +75,8 @@ pub struct OnlineTask {
     pub store: Arc<dyn OnlineStore>,
     /// Positions that the store had seen: until all are passed, nothing is written (a replay shows no older value).
     pub hold: Positions,
+    /// What the store shows is still another one's: nothing is written, whatever was passed.
+    pub quiet: bool,
     pub inbox: Inbox,
     pub reports: Sender<Report>,
     pub saver: Saver,
@@ -282,9 +284,8 @@ impl OnlineTask {
     }
 
     fn held(&self) -> bool {
-        self.hold
-            .iter()
-            .any(|(place, at)| self.flushes.consumed.get(place).is_none_or(|consumed| consumed < at))
+        let behind = |(place, at)| self.flushes.consumed.get(place).is_none_or(|consumed| consumed < at);
+        self.quiet || self.hold.iter().any(behind)
     }
 
     fn waits(&self) -> bool {
@@ -297,7 +298,7 @@ impl OnlineTask {
     }
 
     fn may_regain(&self) -> bool {
-        self.fence == Fence::Marked && !self.waits() && self.marks_are_durable()
+        self.fence == Fence::Marked && !self.quiet && !self.waits() && self.marks_are_durable()
     }
 
     fn marks_are_durable(&self) -> bool {
@@ -484,6 +485,7 @@ impl OnlineTask {
             return Ok(());
         }
         while self.fence == Fence::Marked
+            && !self.quiet
             && self.marks_are_durable()
             && self.flushes.outage.failures() <= PATIENCE
         {

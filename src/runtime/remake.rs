@@ -22,6 +22,7 @@ use crate::connectors::{PartitionInfo, SourceConnector};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::again::{Decided, late};
+use crate::runtime::changes::Unlike;
 use crate::runtime::graph::{Tasks, spawn};
 use crate::runtime::lookups::Digests;
 use crate::runtime::metrics::Metrics;
@@ -182,7 +183,8 @@ fn world(past: &Past<'_>, manifest: &Manifest, epoch: u64) -> World {
         lookups: Arc::default(),
         digests: Digests::default(),
         decided: None,
-        new: Vec::new(),
+        unlike: Unlike::default(),
+        served: Vec::new(),
     }
 }
 

@@ -31,6 +31,7 @@ fn lost(newest: Option<u64>) -> Lost {
         files: Vec::new(),
         sources: BTreeMap::new(),
         complete_until: None,
+        replaced_by: None,
     };
     Lost { commit, file: "f".to_owned(), newest, grows: false }
 }

@@ -27,6 +27,7 @@ pub fn staged_commits(
                 files,
                 sources: std::collections::BTreeMap::new(),
                 complete_until: None,
+                replaced_by: None,
             });
         }
     }

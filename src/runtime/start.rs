@@ -16,18 +16,19 @@ use crate::connectors::{OnlineState, OnlineStore, PartitionInfo, SourceConnector
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
 use crate::runtime::again::Decided;
+use crate::runtime::RunOptions;
 use crate::runtime::flushed::set_back;
 use crate::runtime::history::{self, Bootstrap};
 use crate::runtime::lookups::{self, Digests, Lookups};
 #[cfg(feature = "delta")]
 use crate::runtime::remake::Past;
 use crate::runtime::staged;
-use crate::runtime::{RunOptions, changes};
+use crate::runtime::changes::{self, Unlike};
 
 use crate::runtime::tables::Tables;
 use crate::state::files::decode;
 use crate::state::keys::groups_of;
-use crate::state::manifest::{Manifest, SourceProgress};
+use crate::state::manifest::{Manifest, SourceProgress, StateFile};
 use crate::state::store::{self, StateStore};
 use crate::stream::clock::Clock;
 use crate::stream::{Place, Positions, crash};
@@ -56,8 +57,10 @@ pub struct World {
     pub digests: Digests,
     /// Of records that are read again.
     pub decided: Option<Arc<Decided>>,
-    /// Sinks that the state does not have.
-    pub new: Vec<NodeId>,
+    /// Sinks that are to be built.
+    pub unlike: Unlike,
+    /// By id of an online sink that replaces another one: what that one served.
+    pub served: Vec<StateFile>,
 }
 
 /// An online store, reached and, unless it was emptied, fenced.
@@ -78,13 +81,11 @@ pub struct Online {
 /// Nodes of the plan get the ids under which the state knows them.
 pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> {
     let (name, state) = (options.name.as_str(), options.state.as_str());
-    let located = files::open_private(state)?;
-    files::probe(&located).await?;
-    let store = Arc::new(StateStore::new(located.store, object_store::path::Path::default(), Clock));
-    let latest = store.latest().await?;
-    if let Some(latest) = &latest {
-        changes::adopt(plan, latest).await?;
-    }
+    let (store, latest) = stored(state).await?;
+    let looked = match &latest {
+        Some(latest) => changes::adopt(plan, latest, options.rebuild).await?,
+        None => Unlike::default(),
+    };
     let source = plan.source().map(|(_, source)| source.clone());
     let source_plan = &source.ok_or_else(|| Error::user("the pipeline has no sink that reads a source"))?;
     let (source, embedded) = connector(source_plan, name, latest.as_ref()).await?;
@@ -97,18 +98,16 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     let online = online_stores(plan, name).await?;
     let (lookups, digests) = lookups::open(plan).await?;
     #[cfg_attr(not(feature = "delta"), expect(unused_mut, reason = "nothing to take over"))]
-    let mut tables = Tables::open(plan, name, latest.as_ref(), state).await?;
+    let mut tables = Tables::open(plan, name, latest.as_ref(), (state, &looked.rebuilt)).await?;
     if let Some(error) = latest.as_ref().and_then(|latest| changes::copied(plan, latest)) {
         return Err(error);
     }
-    let mut newest = tables.newest;
-    for (_, online) in &online {
-        newest = newest.max(online.open().await?.fence);
-    }
-    let claim = store.claim(name, newest + 1).await?;
-    let manifest = claim.manifest;
+    let manifest = claim(&store, name, tables.newest, &online).await?;
     // Another process may have published more since we looked.
-    let new = changes::adopt(plan, &manifest).await?;
+    let unlike = changes::adopt(plan, &manifest, options.rebuild).await?;
+    if unlike.rebuilt != looked.rebuilt {
+        return Err(Error::external("another process rebuilt sinks meanwhile").hint("Start it again."));
+    }
     say_changed(&manifest, &digests);
     let orphans = store.unreferenced(&manifest).await?;
     remove_unfinished(state);
@@ -147,8 +146,32 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
         lookups: Arc::new(lookups),
         digests,
         decided: None,
-        new,
+        unlike,
+        served: Vec::new(),
     })
+}
+
+/// The state, and its newest manifest.
+async fn stored(state: &str) -> Result<(Arc<StateStore>, Option<Manifest>)> {
+    let located = files::open_private(state)?;
+    files::probe(&located).await?;
+    let store = Arc::new(StateStore::new(located.store, object_store::path::Path::default(), Clock));
+    let latest = store.latest().await?;
+    Ok((store, latest))
+}
+
+/// Takes the pipeline over, above all that tables and online stores have seen.
+async fn claim(
+    store: &StateStore,
+    name: &str,
+    tables: u64,
+    online: &[(NodeId, Arc<dyn OnlineStore>)],
+) -> Result<Manifest> {
+    let mut newest = tables;
+    for (_, online) in online {
+        newest = newest.max(online.open().await?.fence);
+    }
+    Ok(store.claim(name, newest + 1).await?.manifest)
 }
 
 /// What the manifest is to say of a source that has an identity: it is the one that the state has read.
@@ -361,8 +384,19 @@ pub struct Restored {
 /// # Errors
 /// External: a file is missing or damaged.
 pub async fn restore(world: &World, node: &str, kind: &str, shards: usize) -> Result<Restored> {
-    let mut files: Vec<_> =
-        world.manifest.files.iter().filter(|file| file.node == node && file.kind == kind).collect();
+    let files = world.manifest.files.iter().filter(|file| file.node == node && file.kind == kind).collect();
+    decoded(world, files, shards).await
+}
+
+/// What the sink served which an online sink replaces.
+///
+/// # Errors
+/// As [`restore`].
+pub async fn served(world: &World, node: &str, shards: usize) -> Result<Restored> {
+    decoded(world, world.served.iter().filter(|file| file.node == node).collect(), shards).await
+}
+
+async fn decoded(world: &World, mut files: Vec<&StateFile>, shards: usize) -> Result<Restored> {
     files.sort_by_key(|file| (file.epoch, file.path.as_str()));
     let mut restored = Restored { shards: vec![Vec::new(); shards] };
     for file in files {

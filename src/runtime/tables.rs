@@ -1,13 +1,14 @@
 //! The Delta sinks of a pipeline: opened at start, taken over by a claim, committed once per epoch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::connectors::delta::config::OnSchemaChange;
 use crate::connectors::delta::table::{exists, newest_epoch};
+use crate::connectors::delta::swap::{self, Swap};
 use crate::connectors::delta::{
-    CommitProgress, Committed, DeltaCommitter, PreparedFile as DeltaFile, TableState,
+    CommitProgress, Committed, DeltaCommitter, DeltaConfig, PreparedFile as DeltaFile, TableState,
 };
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
@@ -31,6 +32,8 @@ pub struct Tables {
     missing: Vec<NodeId>,
     /// The backup that the pipeline begins with although its own state is lost.
     adopted: Vec<NodeId>,
+    /// Sinks that are rebuilt: their tables have the columns of other SQL.
+    rebuilt: Vec<NodeId>,
     /// The largest epoch or generation found in the tables.
     pub newest: u64,
     /// Checkpoints, compaction and vacuum, in the background.
@@ -38,16 +41,23 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Looks at the table of every Delta sink. `latest`: the newest manifest of the state.
+    /// Looks at the table of every Delta sink. `latest`: the newest manifest of the state; `rebuilt`: sinks whose tables have
+    /// the columns of other SQL.
     ///
     /// # Errors
     /// User: a table belongs to another state, or has other columns. External: a store failed.
-    pub async fn open(plan: &StreamPlan, name: &str, latest: Option<&Manifest>, state: &str) -> Result<Self> {
-        let mut tables = Self::none();
+    pub async fn open(
+        plan: &StreamPlan,
+        name: &str,
+        latest: Option<&Manifest>,
+        (state, rebuilt): (&str, &[NodeId]),
+    ) -> Result<Self> {
+        let mut tables = Self { rebuilt: rebuilt.to_vec(), ..Self::none() };
         for (node, sink) in plan.sinks() {
             let SinkKind::Delta(config) = &sink.kind else { continue };
-            let stored = config.stored_rows(&sink.schema)?;
-            let (committer, table) = DeltaCommitter::open(config, &stored, name, &sink.name).await?;
+            let is_replaced = |commit: &PreparedCommit| commit.replaced_by.is_some() && writes(sink, commit);
+            let waits = latest.is_some_and(|latest| latest.commits.iter().any(is_replaced));
+            let (committer, table) = committer(config, sink, name, waits || rebuilt.contains(&node)).await?;
             tables.newest = tables.newest.max(table.last_epoch.max(table.max_generation).unwrap_or(0));
             if !table.exists {
                 tables.missing.push(node);
@@ -68,6 +78,7 @@ impl Tables {
             committers: BTreeMap::new(),
             missing: Vec::new(),
             adopted: Vec::new(),
+            rebuilt: Vec::new(),
             newest: 0,
             upkeep: None,
         }
@@ -78,18 +89,35 @@ impl Tables {
         self.committers.get(&node).is_some_and(|committer| committer.epoch().is_some())
     }
 
-    /// Those of a part of the plan.
-    pub fn part(&mut self, plan: &StreamPlan, part: &StreamPlan) -> Self {
+    /// Those of a part of the plan. Stand-ins are made unless they are there, and what `manifest` prepared for them is
+    /// committed.
+    ///
+    /// # Errors
+    /// External: a store failed, or prepared files are gone.
+    pub async fn part(&mut self, plan: &StreamPlan, part: &StreamPlan, manifest: &Manifest) -> Result<Self> {
         let mut tables = Self::none();
-        for (node, sink) in plan.sinks() {
-            let own = part.sinks().find(|(_, other)| other.name == sink.name);
-            if let Some((own, _)) = own
-                && let Some(committer) = self.committers.remove(&node)
-            {
-                tables.committers.insert(own, committer);
+        for (own, sink) in part.sinks() {
+            let SinkKind::Delta(config) = &sink.kind else { continue };
+            let whole = plan.sinks().find(|(_, other)| other.name == sink.name);
+            let known = whole.and_then(|(node, _)| self.committers.remove(&node));
+            if config.stands_for.is_none() {
+                tables.committers.extend(known.map(|known| (own, known)));
+                continue;
+            }
+            let (mut built, table) = committer(config, sink, &manifest.pipeline, false).await?;
+            if !table.exists {
+                crash::point("table.before");
+                built.create(&manifest.state_id.to_string()).await?;
+                crash::point("table.after");
+            }
+            tables.committers.insert(own, built);
+            for commit in manifest.commits.iter().filter(|commit| writes(sink, commit)) {
+                if let Some(lost) = tables.replay(part, commit, manifest.generation).await? {
+                    return Err(gone(commit, &lost.file));
+                }
             }
         }
-        tables
+        Ok(tables)
     }
 
     /// After the claim: creates what is missing, in commits of their own, replays the prepared commits unchanged, makes
@@ -119,7 +147,16 @@ impl Tables {
             }
         }
         for commit in &manifest.commits {
-            lost.extend(self.replay(plan, commit, manifest.generation).await?);
+            match &commit.replaced_by {
+                Some(stand_in) => self.replace(plan, commit, stand_in, manifest).await?,
+                None => lost.extend(self.replay(plan, commit, manifest.generation).await?),
+            }
+        }
+        // What is lost cannot be made again by other SQL.
+        let other =
+            |lost: &&Lost| self.rebuilt.iter().any(|node| plan.nodes[*node].id == lost.commit.sink);
+        if let Some(lost) = lost.iter().find(other) {
+            return Err(gone(&lost.commit, &lost.file).hint("Start once with the SQL as it was before."));
         }
         if !lost.is_empty() {
             for commit in remake(plan, past, &lost).await? {
@@ -155,6 +192,38 @@ impl Tables {
         crash::point("replay.after");
         tracing::info!(sink = %commit.sink, epoch = commit.epoch, ?done, "replayed a prepared commit");
         Ok(None)
+    }
+
+    /// Replaces the rows of a table by those of its stand-in, the last of which `commit` has.
+    async fn replace(
+        &mut self,
+        plan: &StreamPlan,
+        commit: &PreparedCommit,
+        stand_in: &str,
+        manifest: &Manifest,
+    ) -> Result<()> {
+        let Some((node, sink)) = plan.sinks().find(|(_, sink)| writes(sink, commit)) else { return Ok(()) };
+        let SinkKind::Delta(config) = &sink.kind else { return Ok(()) };
+        let (app, state_id) = (format!("{}/{}", manifest.pipeline, sink.name), manifest.state_id.to_string());
+        let swap = Swap { location: &config.location, stand_in, app: &app, state_id: &state_id };
+        if !swap.is_done(commit.epoch).await? {
+            let (files, progress) = (files_of(commit), progress_of(commit, manifest.generation));
+            let at = DeltaConfig { location: stand_in.to_owned(), ..config.clone() };
+            let (mut built, table) = committer(&at, sink, &manifest.pipeline, true).await?;
+            if table.exists && table.last_epoch < Some(commit.epoch) {
+                if let Some(file) = built.missing_files(&files).await?.first() {
+                    return Err(gone(commit, file));
+                }
+                built.commit(commit.epoch, &files, &progress).await?;
+            }
+            let done = swap.swap(commit.epoch, &progress).await?;
+            tracing::warn!(sink = %commit.sink, ?done, "the table has the rows of the rebuild, and no others");
+        }
+        swap.clean().await;
+        let as_it_is = self.rebuilt.contains(&node);
+        let (opened, _) = committer(config, sink, &manifest.pipeline, as_it_is).await?;
+        self.committers.insert(node, opened);
+        Ok(())
     }
 
     /// Makes the commits of a manifest that was published at that time (ms).
@@ -210,6 +279,83 @@ impl Tables {
     }
 }
 
+/// Opens the table of a sink; `as_it_is`: whatever columns it has.
+async fn committer(
+    config: &DeltaConfig,
+    sink: &SinkPlan,
+    pipeline: &str,
+    as_it_is: bool,
+) -> Result<(DeltaCommitter, TableState)> {
+    let stored = config.stored_rows(&sink.schema)?;
+    match as_it_is {
+        true => DeltaCommitter::open_as_it_is(config, &stored, pipeline, &sink.name).await,
+        false => DeltaCommitter::open(config, &stored, pipeline, &sink.name).await,
+    }
+}
+
+fn gone(commit: &PreparedCommit, file: &str) -> Error {
+    let (sink, epoch) = (&commit.sink, commit.epoch);
+    let message =
+        format!("sink {sink}: the prepared file {file} of epoch {epoch}, of a rebuild, is gone before its commit");
+    let hint = "Another VACUUM removed it. Give the sink another name and location: it is built anew from history.";
+    Error::external(message).hint(hint)
+}
+
+/// Lets rebuilt sinks of a part write beside the tables whose rows they will replace: where an earlier start began to
+/// (`known`, by sink), or in folders of this generation. Returns the locations by sink.
+pub fn stand_in(
+    part: &mut StreamPlan,
+    rebuilt: &BTreeSet<String>,
+    known: &BTreeMap<String, String>,
+    generation: u64,
+) -> BTreeMap<String, String> {
+    let mut locations = BTreeMap::new();
+    for node in &mut part.nodes {
+        let NodeKind::Sink(SinkPlan { name, kind: SinkKind::Delta(config), .. }) = &mut node.kind else {
+            continue;
+        };
+        if rebuilt.contains(name) {
+            let location = known.get(name).cloned();
+            let location = location.unwrap_or_else(|| swap::stand_in(&config.location, generation));
+            config.stands_for = Some(std::mem::replace(&mut config.location, location.clone()));
+            locations.insert(name.clone(), location);
+        }
+    }
+    locations
+}
+
+/// The location of the table that a stand-in stands for.
+pub fn stands_for(sink: &SinkPlan) -> Option<String> {
+    match &sink.kind {
+        SinkKind::Delta(config) => config.stands_for.clone(),
+        _ => None,
+    }
+}
+
+/// Whether the tables of a rebuild that was begun are there.
+///
+/// # Errors
+/// External: a store failed.
+pub async fn all_there(stand_ins: &BTreeMap<String, String>) -> Result<bool> {
+    for location in stand_ins.values() {
+        if !exists(location).await? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Forgets the tables of a rebuild that is left.
+///
+/// # Errors
+/// External: a store failed.
+pub async fn forget(stand_ins: &BTreeMap<String, String>) -> Result<()> {
+    for location in stand_ins.values() {
+        swap::forget(location).await?;
+    }
+    Ok(())
+}
+
 /// As [`fits`], of the table as it is; nothing is made.
 ///
 /// # Errors
@@ -219,15 +365,14 @@ pub async fn look(
     node: NodeId,
     pipeline: &str,
     latest: Option<&Manifest>,
-    state: &str,
+    (state, is_rebuilt): (&str, bool),
 ) -> Result<()> {
     let NodeKind::Sink(sink) = &plan.nodes[node].kind else { return Ok(()) };
     let SinkKind::Delta(config) = &sink.kind else { return Ok(()) };
-    let stored = config.stored_rows(&sink.schema)?;
     if !exists(&config.location).await? {
         return Ok(());
     }
-    let (_, table) = DeltaCommitter::open(config, &stored, pipeline, &sink.name).await?;
+    let (_, table) = committer(config, sink, pipeline, is_rebuilt).await?;
     if history::continues(plan, node, latest) && continued(&table) {
         return Ok(());
     }
@@ -363,6 +508,7 @@ pub fn prepared_commits(
             files: parts.iter().flat_map(|(_, files, _)| files.iter().cloned()).collect(),
             sources: [(source.to_owned(), covered)].into(),
             complete_until: until.filter(|at| whole && *at != START_OF_TIME),
+            replaced_by: None,
         });
     }
     commits

@@ -110,6 +110,10 @@ impl Upkeep {
         let mut tables: BTreeMap<&str, (&DeltaConfig, Vec<NodeId>, Vec<String>)> = BTreeMap::new();
         for (node, sink) in plan.sinks() {
             let SinkKind::Delta(config) = &sink.kind else { continue };
+            // The files of a stand-in stay as its log names them: they will be another table's.
+            if config.stands_for.is_some() {
+                continue;
+            }
             let (_, nodes, names) =
                 tables.entry(&config.location).or_insert_with(|| (config, Vec::new(), Vec::new()));
             nodes.push(node);

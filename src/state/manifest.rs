@@ -120,6 +120,9 @@ pub struct Building {
     pub sources: BTreeMap<String, SourceProgress>,
     pub nodes: BTreeMap<String, NodeProgress>,
     pub fingerprints: BTreeMap<String, String>,
+    /// By sink that is rebuilt in its place: the location of the table that will replace its rows.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub stand_ins: BTreeMap<String, String>,
 }
 
 /// Where a state was copied from.
@@ -254,6 +257,9 @@ pub struct PreparedCommit {
     /// µs: no row with a time column below it will be appended.
     #[serde(default)]
     pub complete_until: Option<Micros>,
+    /// The location of a table whose rows, these files among them, replace all rows of the sink's table.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaced_by: Option<String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

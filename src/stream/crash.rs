@@ -11,6 +11,8 @@ pub enum Of {
     Epoch,
     /// A start that reads history, beside them.
     History,
+    /// A start that ends the rebuild of a table, beside them.
+    Rebuild,
     /// A backfill, which passes those of the files that it writes, too.
     Backfill,
     /// A backfill of unbounded frames, beside them.
@@ -20,7 +22,7 @@ pub enum Of {
 }
 
 /// Every point, in the order of an epoch. `.before` and `.after` enclose one step that the outside world can see.
-pub const POINTS: [(&str, Of); 49] = [
+pub const POINTS: [(&str, Of); 51] = [
     ("claim.before", Of::Epoch),
     ("claim.after", Of::Epoch),
     ("table.before", Of::Epoch),
@@ -63,6 +65,8 @@ pub const POINTS: [(&str, Of); 49] = [
     ("history.rows", Of::History),
     ("history.end", Of::History),
     ("history.handoff", Of::History),
+    ("swap.before", Of::Rebuild),
+    ("swap.after", Of::Rebuild),
     ("backfill.before", Of::Backfill),
     ("backfill.after", Of::Backfill),
     ("snapshot.before", Of::Snapshot),

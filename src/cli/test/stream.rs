@@ -293,6 +293,7 @@ fn options(folder: &Path, parallelism: usize, checkpoint: Duration, close: bool)
         close,
         memory: None,
         allow_gap: false,
+        rebuild: false,
         console: crate::cli::output::console,
     }
 }

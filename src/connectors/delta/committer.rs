@@ -96,6 +96,8 @@ pub struct DeltaCommitter {
     grown: Option<Metadata>,
     /// Whether it has got them.
     evolved: bool,
+    /// The table's columns are nobody's concern: only what was prepared for it is committed.
+    as_it_is: bool,
     clock: Clock,
 }
 
@@ -138,10 +140,32 @@ impl DeltaCommitter {
         pipeline: &str,
         sink: &str,
     ) -> Result<(Self, TableState)> {
+        Self::opened(config, rows, &format!("{pipeline}/{sink}"), false).await
+    }
+
+    /// As [`DeltaCommitter::open`], for commits that were prepared for the table as it is, whatever the rows of `rows` have.
+    ///
+    /// # Errors
+    /// User: it has features under which we may not write. External: the store failed.
+    pub async fn open_as_it_is(
+        config: &DeltaConfig,
+        rows: &SchemaRef,
+        pipeline: &str,
+        sink: &str,
+    ) -> Result<(Self, TableState)> {
+        Self::opened(config, rows, &format!("{pipeline}/{sink}"), true).await
+    }
+
+    async fn opened(
+        config: &DeltaConfig,
+        rows: &SchemaRef,
+        app: &str,
+        as_it_is: bool,
+    ) -> Result<(Self, TableState)> {
         let schema = config.table_schema(rows)?;
         let located = open(&config.location)?;
         probe(&located).await?;
-        let (log, app) = (table(&config.location)?.log_store(), format!("{pipeline}/{sink}"));
+        let (log, app) = (table(&config.location)?.log_store(), app.to_owned());
         let (config, clock) = (config.clone(), Clock);
         let mut committer = Self {
             config,
@@ -154,6 +178,7 @@ impl DeltaCommitter {
             owner: None,
             grown: None,
             evolved: false,
+            as_it_is,
             clock,
         };
         let state = committer.load().await?;
@@ -173,7 +198,10 @@ impl DeltaCommitter {
         let snapshot = table.snapshot().map_err(fail)?;
         check_features(&self.config.location, snapshot)?;
         let (found, partitions) = (snapshot.schema(), snapshot.metadata().partition_columns());
-        let missing = missing_columns(&self.config, &found, partitions, &self.kernel_schema()?)?;
+        let missing = match self.as_it_is {
+            true => Vec::new(),
+            false => missing_columns(&self.config, &found, partitions, &self.kernel_schema()?)?,
+        };
         self.grown = grown(snapshot.metadata(), &found, missing)
             .map_err(|error| Error::internal("a Delta schema cannot be extended").because(error))?;
         if self.grown.is_some() && self.evolved {

@@ -23,6 +23,8 @@ const BAD_IN_NAMES: &[char] = &[' ', ',', ';', '{', '}', '(', ')', '\n', '\t', '
 #[derive(Debug, Clone)]
 pub struct DeltaConfig {
     pub location: String,
+    /// The location of the table whose rows those of this one are to replace.
+    pub stands_for: Option<String>,
     pub partition_by: Vec<Partitioning>,
     /// Bytes at which a file is closed within an epoch, and which compaction aims at.
     pub target_file_size: usize,
@@ -133,6 +135,7 @@ impl DeltaConfig {
         let vacuum_retention = options.parse::<Every>("vacuum_retention", every)?;
         Ok(Self {
             location,
+            stands_for: None,
             partition_by,
             target_file_size,
             codec,

@@ -12,6 +12,9 @@ use super::store::{existing_table, failed};
 use super::table::{AsOf, load};
 use crate::error::{Error, Result};
 
+/// The fingerprint of an interval whose rows were replaced with the whole table: it is no longer in the ledger.
+pub const VOID: i64 = 0;
+
 /// What the ledger says of an interval that was replaced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finished {
@@ -52,7 +55,7 @@ pub(super) fn of_transactions(txns: &BTreeMap<String, Txn>, app: &str) -> Vec<Fi
         Some(Finished {
             interval: Interval { from: micros(from)?, to: micros(to)? },
             turn: txn.version,
-            fingerprint: fact(id, "fingerprint")?,
+            fingerprint: fact(id, "fingerprint").filter(|fingerprint| *fingerprint != VOID)?,
             rows: fact(id, "rows"),
             backup_version: fact(id, "backup").and_then(|version| u64::try_from(version).ok()),
             finished_at: txn.updated,

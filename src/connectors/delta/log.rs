@@ -24,7 +24,12 @@ use crate::error::{Error, Result};
 
 const ENGINE: &str = concat!("millstream/", env!("CARGO_PKG_VERSION"));
 
-/// The first entry: protocol and metadata, no rows. Reader 1, writer 2: what every reader of Delta knows.
+/// Reader 1, writer 2: what every reader of Delta knows.
+pub fn create_protocol() -> Value {
+    json!({ "minReaderVersion": 1, "minWriterVersion": 2 })
+}
+
+/// The first entry: protocol and metadata, no rows.
 ///
 /// # Errors
 /// Internal: a schema that cannot be written as JSON.
@@ -54,7 +59,7 @@ pub fn create_entry(
     });
     Ok(lines([
         json!({ "commitInfo": info }),
-        json!({ "protocol": { "minReaderVersion": 1, "minWriterVersion": 2 } }),
+        json!({ "protocol": create_protocol() }),
         json!({ "metaData": metadata }),
     ]))
 }

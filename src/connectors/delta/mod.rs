@@ -17,6 +17,7 @@ pub mod replace;
 mod schema;
 pub mod stats;
 pub mod store;
+pub mod swap;
 pub mod table;
 pub mod upkeep;
 pub mod upsert;

@@ -57,7 +57,7 @@ use crate::stream::{Micros, crash, timestamp_type};
 
 /// Commits of others that may come first before this counts as failed.
 const MAX_OVERTAKEN: u32 = 1_000;
-const ENGINE: &str = concat!("millstream/", env!("CARGO_PKG_VERSION"));
+pub(super) const ENGINE: &str = concat!("millstream/", env!("CARGO_PKG_VERSION"));
 
 /// Times from (included) to (excluded), in µs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -198,7 +198,7 @@ pub async fn progress(location: &str, sink: &str) -> Result<Option<(Progress, Lo
     Ok(Some((found, table.log_store())))
 }
 
-async fn look(location: &str) -> Result<Option<(DeltaTable, BTreeMap<String, Txn>)>> {
+pub(super) async fn look(location: &str) -> Result<Option<(DeltaTable, BTreeMap<String, Txn>)>> {
     let fail = |error| failed(location, error);
     let Some(mut table) = existing_table(location)? else { return Ok(None) };
     if !table.verify_deltatable_existence().await.map_err(fail)? {
@@ -530,7 +530,7 @@ impl Replacer {
 }
 
 /// The `remove` action of a file. The log's own spelling of foreign paths is delta-rs's to know.
-fn remove(file: &LogicalFileView, path: &str, now: i64) -> Result<Value> {
+pub(super) fn remove(file: &LogicalFileView, path: &str, now: i64) -> Result<Value> {
     let name = file_name(path);
     let ours = name.starts_with("compacted-g")
         || name.starts_with("part-")

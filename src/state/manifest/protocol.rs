@@ -108,6 +108,7 @@ fn filled(process: &Process) -> Manifest {
         files: vec![PreparedFile { path, size: 0, rows: 0, add: Value::Null }],
         sources: BTreeMap::new(),
         complete_until: Some(offset(&next) as i64),
+        replaced_by: None,
     };
     next.commits = vec![commit("table", String::new()), commit("folder", staged_file(&next))];
     next.garbage = garbage_of(last, &next, &process.deleted, &process.orphans);

@@ -45,6 +45,7 @@ fn json_round_trip_and_versions() {
         }],
         sources: BTreeMap::new(),
         complete_until: Some(7),
+        replaced_by: None,
     });
     let json = manifest.to_json().unwrap();
     assert_eq!(Manifest::from_json("m", &json).unwrap(), manifest);
@@ -230,6 +231,7 @@ fn with_next_offset(mut manifest: Manifest) -> Manifest {
         files: Vec::new(),
         sources: BTreeMap::new(),
         complete_until: Some(offset(&manifest) as i64),
+        replaced_by: None,
     }];
     manifest
 }

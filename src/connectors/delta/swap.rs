@@ -1,0 +1,278 @@
+//! All rows of a sink's table replaced by those of another table in one commit: the end of a rebuild (DESIGN §6).
+//!
+//! A sink that is rebuilt in its place writes to a table of its own, the *stand-in*, in a folder of the sink's table
+//! ([`stand_in`]); readers of the sink's table see nothing of it. When the stand-in has all that the pipeline has read, one
+//! entry of the sink's log removes every file that is there and adds every file of the stand-in, which stay where they are.
+//! The schema and the partitioning become those of the stand-in, as in Delta's own overwrite; identity and properties stay.
+//! Older versions can be read as ever until VACUUM.
+//!
+//! The entry is of the sink's application, under the epoch that ended the rebuild: whoever finds that epoch in the log,
+//! after a kill or as a zombie, swaps no more. It is a conditional PUT behind the version whose files it removes; if another
+//! entry came first, all is decided anew from the table as it is then, so that nobody's rows stay beside the new ones.
+//!
+//! Intervals that were backfilled are gone with their rows: the entry voids the table's ledger of them, and counts as a
+//! turn of it, so that a backfill under way begins again.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use deltalake_core::DeltaTable;
+use deltalake_core::kernel::transaction::TransactionError;
+use deltalake_core::logstore::CommitOrBytes;
+use futures::TryStreamExt;
+use object_store::{ObjectStoreExt, path::Path};
+use serde_json::{Value, json};
+
+use super::committer::{CommitProgress, Committed, STATE_PROPERTY};
+use super::entries::Txn;
+use super::ledger::VOID;
+use super::log::{create_protocol, transactions};
+use super::replace::{ENGINE, look, remove};
+use super::schema::check_features;
+use super::store::{existing_table, failed};
+use crate::connectors::files::open_existing;
+use crate::error::{Error, Result};
+use crate::stream::clock::Clock;
+use crate::stream::{START_OF_TIME, crash};
+
+/// Others that may come first before this counts as failed.
+const MAX_OVERTAKEN: u32 = 100;
+
+/// Where the rows of a table are built that are to replace those of the table at `location`; each `generation` has its own.
+pub fn stand_in(location: &str, generation: u64) -> String {
+    format!("{}/rebuilt-{generation}", location.trim_end_matches('/'))
+}
+
+/// A table and its stand-in.
+#[derive(Debug, Clone, Copy)]
+pub struct Swap<'a> {
+    pub location: &'a str,
+    pub stand_in: &'a str,
+    /// `<pipeline>/<sink>`.
+    pub app: &'a str,
+    /// Of the state that owns both.
+    pub state_id: &'a str,
+}
+
+impl Swap<'_> {
+    /// Whether the table has the rows of its stand-in, or newer ones.
+    ///
+    /// # Errors
+    /// External: the store failed.
+    pub async fn is_done(&self, epoch: u64) -> Result<bool> {
+        let found = look(self.location).await?;
+        Ok(found.is_some_and(|(_, txns)| committed(&txns, self.app, epoch)))
+    }
+
+    /// Puts the stand-in's rows in the place of all others, once.
+    ///
+    /// # Errors
+    /// Fenced: the table belongs to another state. External: the store failed; repeating it is safe.
+    pub async fn swap(&self, epoch: u64, progress: &CommitProgress) -> Result<Committed> {
+        let built = self.built().await?;
+        for _ in 0..MAX_OVERTAKEN {
+            let found = look(self.location).await?;
+            if found.as_ref().is_some_and(|(_, txns)| committed(txns, self.app, epoch)) {
+                return Ok(Committed::AlreadyDone);
+            }
+            let version = found.as_ref().and_then(|(table, _)| table.version()).map_or(0, |at| at + 1);
+            let entry = self.entry(found.as_ref(), &built, epoch, progress)?;
+            crash::point("swap.before");
+            if self.put(version, &entry).await? {
+                crash::point("swap.after");
+                return Ok(Committed::Version(version));
+            }
+        }
+        Err(Error::external(format!("others commit to {} all the time", self.location)))
+    }
+
+    /// `false`: another entry has the version.
+    async fn put(&self, version: u64, entry: &Bytes) -> Result<bool> {
+        let fail = |error| failed(self.location, error);
+        let log = super::store::table(self.location)?.log_store();
+        let put = CommitOrBytes::LogBytes(entry.clone());
+        match log.write_commit_entry(version, put, uuid::Uuid::new_v4()).await {
+            Ok(()) => Ok(true),
+            Err(error) => match log.read_commit_entry(version).await.map_err(fail)? {
+                // A PUT whose answer was lost.
+                Some(found) => Ok(found == *entry),
+                None if matches!(error, TransactionError::VersionAlreadyExists(_)) => Ok(false),
+                None => Err(fail(error.into())),
+            },
+        }
+    }
+
+    /// What the stand-in holds, by its log: nobody but us wrote it, and it has no checkpoint.
+    async fn built(&self) -> Result<Built> {
+        let gone = || {
+            let message =
+                format!("the table {} that was rebuilt for {} is gone", self.stand_in, self.location);
+            let hint = "Give the sink another name and location: it is built anew from history.";
+            Error::external(message).hint(hint)
+        };
+        let table = existing_table(self.stand_in)?.ok_or_else(gone)?;
+        let log = table.log_store();
+        let mut built = Built::default();
+        for version in 0.. {
+            let entry = log.read_commit_entry(version).await.map_err(|e| failed(self.stand_in, e))?;
+            let Some(entry) = entry else { break };
+            built.follow(&entry).map_err(|error| error.context(self.stand_in))?;
+        }
+        if built.metadata.is_null() { Err(gone()) } else { Ok(built) }
+    }
+
+    fn entry(
+        &self,
+        found: Option<&(DeltaTable, BTreeMap<String, Txn>)>,
+        built: &Built,
+        epoch: u64,
+        progress: &CommitProgress,
+    ) -> Result<Bytes> {
+        let now = Clock.unix_millis();
+        let removes = found.map(|(table, _)| self.removes(table, now)).transpose()?.unwrap_or_default();
+        let folder = self.stand_in.rsplit('/').next().unwrap_or_default();
+        let adds = built.adds.values().map(|add| {
+            let mut add = add.clone();
+            add["path"] = json!(format!("{folder}/{}", add["path"].as_str().unwrap_or_default()));
+            add["dataChange"] = json!(true);
+            add
+        });
+        let rows: u64 = built.adds.values().filter_map(rows_of).sum();
+        let info = json!({
+            "timestamp": now,
+            "operation": "WRITE",
+            "operationParameters": { "mode": "Overwrite" },
+            "operationMetrics": {
+                "numRemovedFiles": removes.len().to_string(),
+                "numAddedFiles": built.adds.len().to_string(),
+                "numOutputRows": rows.to_string(),
+            },
+            "isBlindAppend": false,
+            "engineInfo": ENGINE,
+            "txnId": uuid::Uuid::new_v4().to_string(),
+        });
+        let epoch =
+            i64::try_from(epoch).map_err(|_| Error::internal("an epoch of a rebuild is out of range"))?;
+        // What was said of the old rows does not hold for the new ones.
+        let complete_until = Some(progress.complete_until.unwrap_or(START_OF_TIME));
+        let mut txns = transactions(self.app, epoch, &CommitProgress { complete_until, ..progress.clone() });
+        txns.extend(found.map(|(_, txns)| voided(txns, self.app)).unwrap_or_default());
+        let txns = txns
+            .into_iter()
+            .map(|(id, version)| json!({ "txn": { "appId": id, "version": version, "lastUpdated": now } }));
+        let (protocol, metadata) = match found {
+            None => (Some(create_protocol()), Some(built.metadata.clone())),
+            Some((table, _)) => (None, self.metadata(table, &built.metadata)?),
+        };
+        let head = std::iter::once(json!({ "commitInfo": info }))
+            .chain(protocol.map(|protocol| json!({ "protocol": protocol })))
+            .chain(metadata.map(|metadata| json!({ "metaData": metadata })));
+        let files = removes.into_iter().map(|remove| json!({ "remove": remove }));
+        let actions = head.chain(txns).chain(files).chain(adds.map(|add| json!({ "add": add })));
+        Ok(Bytes::from(actions.map(|action| format!("{action}\n")).collect::<String>()))
+    }
+
+    fn removes(&self, table: &DeltaTable, now: i64) -> Result<Vec<Value>> {
+        let snapshot = table.snapshot().map_err(|error| failed(self.location, error))?;
+        check_features(self.location, snapshot)?;
+        let owner = snapshot.metadata().configuration().get(STATE_PROPERTY);
+        if owner.map(String::as_str) != Some(self.state_id) {
+            let message = format!("the Delta table {} belongs to another state now", self.location);
+            let hint = "Another pipeline rebuilt it. Stop one of the two, or give them different locations.";
+            return Err(Error::fenced(message).hint(hint));
+        }
+        let files = snapshot.log_data();
+        files.iter().map(|file| remove(&file, &file.path(), now)).collect()
+    }
+
+    /// The table's metadata with the stand-in's columns; `None`: it has them.
+    fn metadata(&self, table: &DeltaTable, built: &Value) -> Result<Option<Value>> {
+        let snapshot = table.snapshot().map_err(|error| failed(self.location, error))?;
+        let found = serde_json::to_value(snapshot.metadata());
+        let mut found = found.map_err(|error| {
+            Error::internal("the metadata of a Delta table cannot be written").because(error)
+        })?;
+        let schema = |metadata: &Value| -> Option<Value> {
+            serde_json::from_str(metadata["schemaString"].as_str().unwrap_or_default()).ok()
+        };
+        if schema(&found) == schema(built) && found["partitionColumns"] == built["partitionColumns"] {
+            return Ok(None);
+        }
+        for name in ["schemaString", "partitionColumns"] {
+            found[name] = built[name].clone();
+        }
+        if let Some(fields) = found.as_object_mut() {
+            fields.retain(|_, value| !value.is_null());
+        }
+        Ok(Some(found))
+    }
+
+    /// Removes the log of the stand-in, whose files are the table's now; what stays behind is harmless.
+    pub async fn clean(&self) {
+        if let Err(error) = forget(self.stand_in).await {
+            tracing::debug!(table = self.stand_in, %error, "the log of a stand-in was not removed");
+        }
+    }
+}
+
+/// Removes the log of a stand-in: files that no table names go with a vacuum of the table that it stood for.
+///
+/// # Errors
+/// External: the store failed.
+pub async fn forget(stand_in: &str) -> Result<()> {
+    let Some(located) = open_existing(stand_in)? else { return Ok(()) };
+    let fail = |error: object_store::Error| failed(stand_in, error.into());
+    let log = Path::from("_delta_log");
+    let found: Vec<_> = located.store.list(Some(&log)).try_collect().await.map_err(fail)?;
+    for meta in found {
+        located.store.delete(&meta.location).await.map_err(fail)?;
+    }
+    Ok(())
+}
+
+/// The newest version of a stand-in.
+#[derive(Default)]
+struct Built {
+    metadata: Value,
+    /// By path, as the log spells it.
+    adds: BTreeMap<String, Value>,
+}
+
+impl Built {
+    fn follow(&mut self, entry: &[u8]) -> Result<()> {
+        for line in serde_json::Deserializer::from_slice(entry).into_iter::<Value>() {
+            let mut line = line
+                .map_err(|error| Error::external("an entry of the Delta log cannot be read").because(error))?;
+            let path = |action: &Value| action["path"].as_str().map(str::to_owned);
+            if let Some(path) = path(&line["remove"]) {
+                self.adds.remove(&path);
+            }
+            if let Some(path) = path(&line["add"]) {
+                self.adds.insert(path, line["add"].take());
+            }
+            if line["metaData"].is_object() {
+                self.metadata = line["metaData"].take();
+            }
+        }
+        Ok(())
+    }
+}
+
+fn rows_of(add: &Value) -> Option<u64> {
+    let stats: Value = serde_json::from_str(add["stats"].as_str()?).ok()?;
+    stats["numRecords"].as_u64()
+}
+
+fn committed(txns: &BTreeMap<String, Txn>, app: &str, epoch: u64) -> bool {
+    txns.get(app).and_then(|txn| u64::try_from(txn.version).ok()).is_some_and(|newest| newest >= epoch)
+}
+
+/// The ledger of backfilled intervals without any.
+fn voided(txns: &BTreeMap<String, Txn>, app: &str) -> Vec<(String, i64)> {
+    let all = format!("{app}/backfill");
+    let intervals = txns.keys().filter(|id| {
+        id.strip_prefix(&all).is_some_and(|rest| rest.starts_with('/') && rest.ends_with("/fingerprint"))
+    });
+    let turn = txns.get(&all).map(|txn| (all.clone(), txn.version + 1));
+    intervals.map(|id| (id.clone(), VOID)).chain(turn).collect()
+}
