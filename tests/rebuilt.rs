@@ -84,7 +84,9 @@ fn seen(case: &Case, columns: [&str; 2]) -> Vec<String> {
     let tables = [
         format!("SELECT {spent} FROM mine_training ORDER BY 1, 2"),
         format!("SELECT {counts} FROM mine_now ORDER BY 1, 2"),
-        format!("SELECT {counts}, sum(_weight) AS w FROM mine_changes GROUP BY {counts} HAVING sum(_weight) <> 0 ORDER BY 1, 2"),
+        format!(
+            "SELECT {counts}, sum(_weight) AS w FROM mine_changes GROUP BY {counts} HAVING sum(_weight) <> 0 ORDER BY 1, 2"
+        ),
         format!("SELECT {spent} FROM mine_serving ORDER BY 1, 2"),
         format!("SELECT {counts} FROM mine_shown ORDER BY 1, 2"),
     ];
@@ -102,7 +104,9 @@ fn same(case: &Case) {
     let of = |table: &str| format!("SELECT user_id, n, last_at FROM {table}");
     case.same("mine=mine_now,twin=twin_now", &of("mine"), &of("twin"), 500);
     let of = |table: &str| {
-        format!("SELECT user_id, n, last_at, sum(_weight) AS w FROM {table} GROUP BY ALL HAVING sum(_weight) <> 0")
+        format!(
+            "SELECT user_id, n, last_at, sum(_weight) AS w FROM {table} GROUP BY ALL HAVING sum(_weight) <> 0"
+        )
     };
     case.same("mine=mine_changes,twin=twin_changes", &of("mine"), &of("twin"), 500);
     for (sink, columns) in
@@ -113,10 +117,8 @@ fn same(case: &Case) {
         assert!(twin.lines().count() > 500 && mine == twin, "{sink}: other keys or values are served");
     }
     for sink in ["mine_training", "mine_now"] {
-        let out = case
-            .command(&["verify", sink, "--state", &case.state, "--name", &case.name])
-            .output()
-            .unwrap();
+        let out =
+            case.command(&["verify", sink, "--state", &case.state, "--name", &case.name]).output().unwrap();
         let said =
             format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
         assert!(out.status.success(), "{said}");
@@ -178,18 +180,22 @@ async fn a_rebuild_can_be_left_and_what_was_rebuilt_rebuilt_again_on_s3() {
     for sink in ["training", "now", "serving", "shown"] {
         let columns = if ["training", "serving"].contains(&sink) { OLD_COLUMNS[0] } else { OLD_COLUMNS[1] };
         let columns = columns.replace("spent", "round(spent, 4) AS spent");
-        let of = |name: &str| crashes.case.query(&format!("SELECT {columns} FROM {name}_{sink} ORDER BY 1, 2"));
+        let of =
+            |name: &str| crashes.case.query(&format!("SELECT {columns} FROM {name}_{sink} ORDER BY 1, 2"));
         assert!(of("mine") == of("twin"), "{sink}");
     }
     // Forward in one epoch: its manifest has the replacements when its rows are in no table yet.
     write(&crashes, &base, &[(NEW, "mine"), (OLD, "twin")]);
-    for (at, interval) in [("delta.commit.before", "1h"), ("swap.before:2", "20ms"), ("swap.after:2", "20ms")] {
+    for (at, interval) in [("delta.commit.before", "1h"), ("swap.before:2", "20ms"), ("swap.after:2", "20ms")]
+    {
         crashes.produce(300).await;
         let killed = command(&mut crashes, interval, &["--rebuild"]);
         crash_at(at, killed, &crashes.case);
     }
     // Something else and back again, with rows between.
-    for sql in [NEW.to_owned(), NEW.replace("% 3", "% 4").replace("1 minute", "2 minutes").replace("% 5", "% 6")] {
+    for sql in
+        [NEW.to_owned(), NEW.replace("% 3", "% 4").replace("1 minute", "2 minutes").replace("% 5", "% 6")]
+    {
         write(&crashes, &base, &[(&sql, "mine"), (OLD, "twin")]);
         crashes.produce(500).await;
         let out = crashes.case.run(&["--until-end", "--rebuild"]);

@@ -139,7 +139,8 @@ pub async fn begin(plan: &StreamPlan, world: &mut World, options: &RunOptions) -
         staged::forget(&part, manifest.generation).await?;
     }
     say_begins(plan, world);
-    let rebuilt: BTreeSet<String> = world.unlike.rebuilt.iter().map(|node| plan.nodes[*node].id.clone()).collect();
+    let rebuilt: BTreeSet<String> =
+        world.unlike.rebuilt.iter().map(|node| plan.nodes[*node].id.clone()).collect();
     let known = inner.building.as_ref().map(|building| building.stand_ins.clone()).unwrap_or_default();
     let locations = tables::stand_in(&mut part, &rebuilt, &known, manifest.generation);
     let base = Base { manifest: world.manifest.clone(), stand_ins: targets(&part, locations) };
@@ -190,9 +191,7 @@ async fn part_world(
 /// The newest rows that online sinks hold in the state which others of the part replace, under the ids of these.
 fn served(part: &StreamPlan, base: &Manifest) -> Vec<StateFile> {
     let of = |node: &Node| Some((node.id.clone(), node.id.strip_suffix(INSTEAD)?.to_owned()));
-    let online = |node: &&Node| {
-        matches!(&node.kind, NodeKind::Sink(sink) if matches!(sink.kind, SinkKind::Online { .. }))
-    };
+    let online = |node: &&Node| matches!(&node.kind, NodeKind::Sink(sink) if matches!(sink.kind, SinkKind::Online { .. }));
     let replaced: Vec<(String, String)> = part.nodes.iter().filter(online).filter_map(of).collect();
     let files = replaced.iter().flat_map(|(id, old)| {
         let files = base.files.iter().filter(|file| file.node == *old && file.kind == "newest");
@@ -260,7 +259,9 @@ async fn decided(
 
 /// Tables of new sinks are empty, as they cannot be written on.
 fn nothing_written(plan: &StreamPlan, world: &World) -> Result<()> {
-    let Some(node) = world.unlike.new.iter().find(|node| world.tables.is_written(**node)) else { return Ok(()) };
+    let Some(node) = world.unlike.new.iter().find(|node| world.tables.is_written(**node)) else {
+        return Ok(());
+    };
     let sink = &plan.nodes[*node].id;
     let message = format!("sink {sink}: its table has rows of a build that was begun with other SQL");
     let hint = "Change the SQL back, remove the table, or give the sink another location: it is built from the beginning \

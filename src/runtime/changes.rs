@@ -167,9 +167,11 @@ fn why_not(plan: &StreamPlan, sink: NodeId, known: &str) -> Option<String> {
 fn refused(plan: &StreamPlan, compared: &Comparison, latest: &Manifest, rebuild: bool) -> Option<Error> {
     let (item, lines) = compared.changed()?;
     let mut hint = format!("{WAY_OUT} millstream plan shows all that changed.");
-    let refusal = compared.differ.iter().find_map(|(node, known)| Some((*node, why_not(plan, *node, known)?)));
+    let refusal =
+        compared.differ.iter().find_map(|(node, known)| Some((*node, why_not(plan, *node, known)?)));
     let begun = |(node, _): &(NodeId, String)| {
-        let known = latest.building.as_ref().and_then(|b| b.fingerprints.get(&building::instead_of(plan, *node)));
+        let known =
+            latest.building.as_ref().and_then(|b| b.fingerprints.get(&building::instead_of(plan, *node)));
         known.is_some_and(|known| plan.means(*node, known))
     };
     match refusal {

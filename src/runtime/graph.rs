@@ -24,6 +24,7 @@ use crate::plan::remote::RemoteTable;
 use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, SourcePlan, StreamPlan};
 use crate::runtime::RunOptions;
 use crate::runtime::aside;
+use crate::runtime::building::is_instead;
 use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::discovery::{Discovery, shard_of};
 #[cfg(feature = "delta")]
@@ -45,7 +46,6 @@ use crate::runtime::sinks::DeltaTask;
 use crate::runtime::sinks::{AppendTask, NdjsonTask};
 use crate::runtime::source::{SourceState, SourceTask};
 use crate::runtime::stage::{Operate, StageTask};
-use crate::runtime::building::is_instead;
 use crate::runtime::start::{World, restore, served};
 #[cfg(feature = "delta")]
 use crate::runtime::upsert::UpsertTask;

@@ -16,12 +16,7 @@ pub struct Tables {
 }
 
 impl Tables {
-    pub async fn open(
-        _: &StreamPlan,
-        _: &str,
-        _: Option<&Manifest>,
-        _: (&str, &[NodeId]),
-    ) -> Result<Self> {
+    pub async fn open(_: &StreamPlan, _: &str, _: Option<&Manifest>, _: (&str, &[NodeId])) -> Result<Self> {
         Ok(Self::default())
     }
 

@@ -15,15 +15,15 @@ use crate::connectors::memory::MemoryStore;
 use crate::connectors::{OnlineState, OnlineStore, PartitionInfo, SourceConnector, files};
 use crate::error::{Error, Result};
 use crate::plan::{NodeId, OnlineKind, SinkKind, SourceKind, SourcePlan, StreamPlan};
-use crate::runtime::again::Decided;
 use crate::runtime::RunOptions;
+use crate::runtime::again::Decided;
+use crate::runtime::changes::{self, Unlike};
 use crate::runtime::flushed::set_back;
 use crate::runtime::history::{self, Bootstrap};
 use crate::runtime::lookups::{self, Digests, Lookups};
 #[cfg(feature = "delta")]
 use crate::runtime::remake::Past;
 use crate::runtime::staged;
-use crate::runtime::changes::{self, Unlike};
 
 use crate::runtime::tables::Tables;
 use crate::state::files::decode;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::connectors::delta::config::OnSchemaChange;
-use crate::connectors::delta::table::{exists, newest_epoch};
 use crate::connectors::delta::swap::{self, Swap};
+use crate::connectors::delta::table::{exists, newest_epoch};
 use crate::connectors::delta::{
     CommitProgress, Committed, DeltaCommitter, DeltaConfig, PreparedFile as DeltaFile, TableState,
 };
@@ -153,8 +153,7 @@ impl Tables {
             }
         }
         // What is lost cannot be made again by other SQL.
-        let other =
-            |lost: &&Lost| self.rebuilt.iter().any(|node| plan.nodes[*node].id == lost.commit.sink);
+        let other = |lost: &&Lost| self.rebuilt.iter().any(|node| plan.nodes[*node].id == lost.commit.sink);
         if let Some(lost) = lost.iter().find(other) {
             return Err(gone(&lost.commit, &lost.file).hint("Start once with the SQL as it was before."));
         }
@@ -295,9 +294,11 @@ async fn committer(
 
 fn gone(commit: &PreparedCommit, file: &str) -> Error {
     let (sink, epoch) = (&commit.sink, commit.epoch);
-    let message =
-        format!("sink {sink}: the prepared file {file} of epoch {epoch}, of a rebuild, is gone before its commit");
-    let hint = "Another VACUUM removed it. Give the sink another name and location: it is built anew from history.";
+    let message = format!(
+        "sink {sink}: the prepared file {file} of epoch {epoch}, of a rebuild, is gone before its commit"
+    );
+    let hint =
+        "Another VACUUM removed it. Give the sink another name and location: it is built anew from history.";
     Error::external(message).hint(hint)
 }
 

@@ -241,8 +241,9 @@ struct Built {
 impl Built {
     fn follow(&mut self, entry: &[u8]) -> Result<()> {
         for line in serde_json::Deserializer::from_slice(entry).into_iter::<Value>() {
-            let mut line = line
-                .map_err(|error| Error::external("an entry of the Delta log cannot be read").because(error))?;
+            let mut line = line.map_err(|error| {
+                Error::external("an entry of the Delta log cannot be read").because(error)
+            })?;
             let path = |action: &Value| action["path"].as_str().map(str::to_owned);
             if let Some(path) = path(&line["remove"]) {
                 self.adds.remove(&path);

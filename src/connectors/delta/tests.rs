@@ -4,6 +4,7 @@ mod commits;
 mod evolving;
 mod lost;
 mod readers;
+mod swapping;
 mod upkeep;
 mod upserts;
 mod writing;

@@ -24,7 +24,8 @@ impl Newest {
                 columns.push(match SNAPSHOT_COLUMNS.iter().position(|name| field.name() == name) {
                     None if self.key_columns.contains(&at) => {
                         let found = batch.column_by_name(field.name()).filter(|c| c.data_type() == kind);
-                        let lost = || Error::internal(format!("a snapshot has no key column {}", field.name()));
+                        let lost =
+                            || Error::internal(format!("a snapshot has no key column {}", field.name()));
                         Arc::clone(found.ok_or_else(lost)?)
                     }
                     None if field.is_nullable() => of(ScalarValue::try_from(kind)?)?,

@@ -367,3 +367,50 @@ fn deletions_reach_the_store_and_survive_restarts() {
         assert_eq!(newest.len(), model.len(), "seed {seed}: deletions are forgotten");
     }
 }
+
+/// Another table's keys are deleted, unless rows come for them, over any restarts; even where rows expire.
+#[test]
+fn what_another_table_held_is_deleted_or_replaced() {
+    for seed in 0..20 {
+        println!("seed {seed}");
+        let mut dice = Dice(seed);
+        let mut former = Newest::new(
+            Arc::new(Schema::new(vec![
+                Field::new("currency", DataType::Utf8, true),
+                Field::new("gone", DataType::Utf8View, false),
+                Field::new("user", DataType::Int64, true),
+            ])),
+            vec![2, 0],
+            None,
+        )
+        .unwrap();
+        let mut store = BTreeMap::new();
+        let rows = random_rows(&mut dice, 200, 60, 0);
+        let turned = batch(&rows);
+        let columns = [2, 0, 1].map(|column| Arc::clone(turned.rows.column(column))).to_vec();
+        let turned = RecordBatch::try_new(former.schema().clone(), columns).unwrap();
+        former.push(&ChangeBatch::append(turned, batch(&rows).origin)).unwrap();
+        for row in rows.iter().filter(|row| row.key.is_some()) {
+            store.insert(row.key.clone().unwrap(), row.value.clone());
+        }
+        let snapshot = former.snapshot().unwrap();
+        let mut newest = table((seed % 2 == 0).then_some(1_000_000));
+        newest.bury(snapshot.as_slice()).unwrap();
+        let (mut oracle, mut saved) = (Oracle::default(), Vec::new());
+        for round in 1..10 {
+            let rows = random_rows(&mut dice, 30, 40, round);
+            newest.push(&batch(&rows)).unwrap();
+            oracle.push(&rows);
+            newest.expire(round as i64).unwrap();
+            saved.extend(newest.snapshot().unwrap());
+            if dice.roll(3) == 0 {
+                newest = table((seed % 2 == 0).then_some(1_000_000));
+                newest.restore(&saved).unwrap();
+            }
+        }
+        while newest.dirty_len() > 0 {
+            flush(&mut newest, &mut store, dice.roll(4) == 0);
+        }
+        assert_eq!(store, oracle.values());
+    }
+}
