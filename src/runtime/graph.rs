@@ -26,6 +26,7 @@ use crate::runtime::RunOptions;
 use crate::runtime::aside;
 use crate::runtime::building::is_instead;
 use crate::runtime::chain::{Chain, Outlet};
+use crate::runtime::channel::{Receiving, Sending, between};
 use crate::runtime::discovery::{Discovery, shard_of};
 #[cfg(feature = "delta")]
 use crate::runtime::history::floor;
@@ -52,10 +53,17 @@ use crate::runtime::upsert::UpsertTask;
 use crate::runtime::watermark::SourceClock;
 use crate::state::manifest::Manifest;
 use crate::stream::clock::Clock;
-use crate::stream::{Message, Micros, Place, Positions, START_OF_TIME};
+use crate::stream::{Micros, Place, Positions, START_OF_TIME};
 
-/// Batches that wait in a channel: a few, so that a slow reader slows its writer down soon.
-const CHANNEL: usize = 4;
+/// Whether a node writes files beside the stream.
+fn is_table(kind: &NodeKind) -> bool {
+    let NodeKind::Sink(sink) = kind else { return false };
+    match &sink.kind {
+        #[cfg(feature = "delta")]
+        SinkKind::Delta(_) => true,
+        other => matches!(other, SinkKind::Ndjson(_)),
+    }
+}
 
 /// What the coordinator needs to talk to the tasks.
 pub struct Tasks {
@@ -76,7 +84,7 @@ struct Graph<'a> {
     reports: Sender<Report>,
     durable: watch::Receiver<u64>,
     /// Receivers of a node that begins a task, by shard.
-    inboxes: BTreeMap<NodeId, Vec<Vec<Receiver<Message>>>>,
+    inboxes: BTreeMap<NodeId, Vec<Vec<Receiving>>>,
 }
 
 /// `durable`: the newest epoch whose manifest is published. A plan without source has letters alone.
@@ -163,16 +171,17 @@ impl Graph<'_> {
         for (reader, keys) in edges {
             let inboxes =
                 self.inboxes.entry(reader).or_insert_with(|| (0..shards).map(|_| Vec::new()).collect());
+            let deep = is_table(&self.plan.nodes[reader].kind);
             for (shard, outlets) in outlets.iter_mut().enumerate() {
                 let targets = if keys.is_some() { 0..shards } else { shard..shard + 1 };
                 let senders = targets
                     .map(|target| {
-                        let (sender, receiver) = channel(CHANNEL);
+                        let (sender, receiver) = between(deep);
                         inboxes[target].push(receiver);
                         sender
                     })
                     .collect::<Vec<_>>();
-                self.metrics.watch_queue(&self.plan.nodes[reader].id, senders.iter());
+                self.metrics.watch_queue(&self.plan.nodes[reader].id, senders.iter().map(Sending::sender));
                 outlets.push((reader, Outlet { senders, keys: keys.clone() }));
             }
         }
