@@ -3,6 +3,7 @@
 //! The newest manifest names the segments; they are never changed or deleted, so what is read is what that manifest
 //! holds. Rows come newest first: by epoch, then by the record's own time.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray, BooleanArray, RecordBatch, UInt32Array, new_null_array};
@@ -25,8 +26,8 @@ use crate::stream::letters::schema;
 
 /// Columns, and whether each descends.
 type Order<'a> = [(&'a str, bool)];
-/// What is kept of a segment, in today's columns.
-type Keep<'a> = dyn Fn(RecordBatch) -> Result<RecordBatch> + Sync + 'a;
+/// What is kept of the segment of an epoch, in today's columns.
+type Keep<'a> = dyn Fn(RecordBatch, u64) -> Result<RecordBatch> + Sync + 'a;
 
 /// The place of a record: topic, partition, offset.
 pub type Record = (String, i32, i64);
@@ -38,6 +39,8 @@ pub struct Filter {
     pub kinds: Vec<String>,
     pub at: Vec<String>,
     pub record: Option<Record>,
+    /// By view or sink: none up to this epoch.
+    pub after: BTreeMap<String, u64>,
 }
 
 /// Rows, and whether there are more than asked for.
@@ -74,7 +77,7 @@ impl State {
     /// External: a segment is missing or damaged.
     pub async fn letters(&self, filter: &Filter, limit: Option<usize>) -> Result<Found> {
         let order = [("timestamp", true), ("topic", false), ("partition", false), ("offset", true)];
-        let keep = |rows: RecordBatch| chosen(&as_now(&rows)?, filter);
+        let keep = |rows: RecordBatch, epoch| chosen(&as_now(&rows)?, filter, epoch);
         self.newest(&self.manifest.dead_letters, &schema(), limit, (&order, &keep)).await
     }
 
@@ -85,7 +88,7 @@ impl State {
     pub async fn late(&self, limit: Option<usize>) -> Result<Found> {
         let order = [("topic", false), ("partition", false), ("offset", true)];
         let columns = Arc::new(schema().project(&[4, 5, 6])?);
-        self.newest(&self.manifest.ledger, &columns, limit, (&order, &Ok)).await
+        self.newest(&self.manifest.ledger, &columns, limit, (&order, &|rows, _| Ok(rows))).await
     }
 
     /// (topic, partition, offset) of records that a replay appended to a backup, or was about to append.
@@ -118,7 +121,7 @@ impl State {
             }
             let mut rows = Vec::new();
             for batch in self.read(&segment.path).await? {
-                rows.push(keep(batch)?);
+                rows.push(keep(batch, segment.epoch)?);
             }
             let rows = sorted(&concat_batches(schema, &rows)?, order)?;
             count += rows.num_rows();
@@ -160,7 +163,7 @@ fn as_now(rows: &RecordBatch) -> Result<RecordBatch> {
         .map_err(|error| Error::external("a segment of dead letters lacks columns").because(error))
 }
 
-fn chosen(rows: &RecordBatch, filter: &Filter) -> Result<RecordBatch> {
+fn chosen(rows: &RecordBatch, filter: &Filter, epoch: u64) -> Result<RecordBatch> {
     let is = |column: usize, row: usize, words: &[String]| {
         words.is_empty() || words.iter().any(|word| word == rows.column(column).as_string::<i32>().value(row))
     };
@@ -168,7 +171,8 @@ fn chosen(rows: &RecordBatch, filter: &Filter) -> Result<RecordBatch> {
         .map(|row| {
             let here = filter.record.as_ref().is_none_or(|wanted| *wanted == record(rows, row));
             let named = is(0, row, &filter.stages) && is(1, row, &filter.at) && is(2, row, &filter.kinds);
-            Some(here && named)
+            let at = rows.column(1).as_string::<i32>().value(row);
+            Some(here && named && filter.after.get(at).is_none_or(|after| epoch > *after))
         })
         .collect();
     Ok(filter_record_batch(rows, &keep)?)

@@ -81,7 +81,7 @@ fn table(found: &Changes, schedules: &[CreateSchedule], name: &str, state: &str)
     }
     output::text(&text)?;
     found.refusals.iter().for_each(|error| eprint!("{}", render(error)));
-    if found.items.iter().any(Item::is_changed) {
+    if !found.goes_on && found.items.iter().any(Item::is_changed) {
         let message = "run would not start: what is changed would mix rows of two meanings";
         let hint = match found.rebuilds_all() {
             true => format!("{REBUILD} {WAY_OUT}"),
@@ -141,6 +141,9 @@ fn meaning(item: &Item, found: &Changes) -> (&'static str, &'static str) {
             ("new", "new: begins at the offsets that the pipeline has reached, without earlier rows")
         }
         (Change::Kept, _) => ("unchanged", "unchanged: keeps its state"),
+        (Change::Changed(_), _) if found.goes_on => {
+            ("changed", "changed: its rebuild is under way; run goes on with it")
+        }
         (Change::Changed(_), true) if found.rebuilds.contains(&item.name) => {
             ("changed", "changed: run --rebuild computes it anew from history, in its place")
         }

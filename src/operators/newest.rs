@@ -119,6 +119,8 @@ pub struct Newest {
     snapshot_schema: SchemaRef,
     key_columns: Vec<usize>,
     ttl: Option<Micros>,
+    /// The store has rows of another table: see [`Newest::take_over`].
+    takes_over: bool,
     keys: Keys,
     slots: Vec<Slot>,
     /// Where each slot's row is; parallel to `slots`.
@@ -161,6 +163,7 @@ impl Newest {
             snapshot_schema,
             key_columns,
             ttl: ttl_micros,
+            takes_over: false,
             keys,
             slots: Vec::new(),
             at: Vec::new(),
@@ -373,8 +376,12 @@ impl Newest {
                 let Slot { time, deleted, dirty, .. } = self.slots[index];
                 // The store may have a row of a key whose deletion it does not know.
                 let waits = deleted && dirty;
-                if !self.at[index].is_vacant() && time.div_euclid(width) == bucket && !waits {
-                    self.drop_slot(slot);
+                if self.at[index].is_vacant() || time.div_euclid(width) != bucket || waits {
+                    continue;
+                }
+                match dirty && self.takes_over {
+                    true => self.delete(slot),
+                    false => self.drop_slot(slot),
                 }
             }
         }

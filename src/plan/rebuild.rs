@@ -55,7 +55,7 @@ impl StreamPlan {
 /// The columns of a sink, with their types.
 fn columns(fingerprint: &str) -> Vec<String> {
     let lines = fingerprint.lines().skip(2).take_while(|line| line.starts_with("  "));
-    lines.map(|line| line.trim_start().to_owned()).collect()
+    lines.map(|line| line.trim_start().trim_end_matches(" NOT NULL").to_owned()).collect()
 }
 
 /// What decides which rows a fingerprint's sources have: their names and topics, event times and lateness.
@@ -63,7 +63,10 @@ fn sources(fingerprint: &str) -> BTreeSet<Vec<&str>> {
     let depth = |line: &str| line.len() - line.trim_start().len();
     let lines: Vec<&str> = fingerprint.lines().collect();
     let mut found = BTreeSet::new();
-    for (at, line) in lines.iter().enumerate().filter(|(_, line)| line.trim_start().starts_with("source ")) {
+    // `source t: kafka topic y`; a column may be called source.
+    let is_source =
+        |line: &str| line.trim_start().strip_prefix("source ").is_some_and(|rest| rest.contains(": "));
+    for (at, line) in lines.iter().enumerate().filter(|(_, line)| is_source(line)) {
         let inside = lines[at + 1..].iter().take_while(|other| depth(other) > depth(line));
         let inside: Vec<&str> = inside.map(|line| line.trim_start()).collect();
         let timed = inside.iter().find_map(|line| line.strip_prefix("watermark ")?.split(' ').next());

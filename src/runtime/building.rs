@@ -64,6 +64,10 @@ pub struct Base {
     manifest: Manifest,
     /// Of rebuilt sinks, by location of the stand-in: sink and location.
     stand_ins: BTreeMap<String, (String, String)>,
+    /// The epoch behind which the part began.
+    since: u64,
+    /// Views and sinks that are rebuilt, by the names that their dead letters have.
+    rebuilt: BTreeSet<String>,
 }
 
 /// The id, while it is built, of what takes a node's place.
@@ -115,10 +119,11 @@ pub async fn begin(plan: &StreamPlan, world: &mut World, options: &RunOptions) -
     if is_anew {
         let left = manifest.files.iter().filter(|file| manifest.builds(&file.node));
         world.orphans.extend(left.map(|file| file.path.clone()));
+        nothing_written(plan, world)?;
         if let Some(building) = &manifest.building {
+            world.store.check_fence(world.claimed).await?;
             tables::forget(&building.stand_ins).await?;
         }
-        nothing_written(plan, world)?;
     }
     say(plan, &without);
     if wanted.is_empty() {
@@ -136,6 +141,7 @@ pub async fn begin(plan: &StreamPlan, world: &mut World, options: &RunOptions) -
         return Ok(None);
     }
     if is_anew {
+        nothing_ahead(plan, world, &read.positions(0))?;
         staged::forget(&part, manifest.generation).await?;
     }
     say_begins(plan, world);
@@ -143,7 +149,13 @@ pub async fn begin(plan: &StreamPlan, world: &mut World, options: &RunOptions) -
         world.unlike.rebuilt.iter().map(|node| plan.nodes[*node].id.clone()).collect();
     let known = inner.building.as_ref().map(|building| building.stand_ins.clone()).unwrap_or_default();
     let locations = tables::stand_in(&mut part, &rebuilt, &known, manifest.generation);
-    let base = Base { manifest: world.manifest.clone(), stand_ins: targets(&part, locations) };
+    let since = inner.building.as_ref().map_or(world.claimed, |building| building.since);
+    let names = part.nodes.iter().filter(|node| is_instead(&node.id)).filter_map(|node| match &node.kind {
+        NodeKind::Sink(sink) => Some(sink.name.clone()),
+        kind => kind.view().map(str::to_owned),
+    });
+    let (rebuilt, stand_ins) = (names.collect(), targets(&part, locations));
+    let base = Base { manifest: world.manifest.clone(), stand_ins, since, rebuilt };
     let inner = Manifest { building: None, ..inner };
     let world = part_world(plan, &part, world, (inner, &manifest), beginning).await?;
     Ok(Some(Build { part, world, base }))
@@ -269,6 +281,25 @@ fn nothing_written(plan: &StreamPlan, world: &World) -> Result<()> {
     Err(Error::user(message).hint(hint))
 }
 
+/// Stores of rebuilt sinks have no rows that the state does not know: nobody could take them back.
+fn nothing_ahead(plan: &StreamPlan, world: &World, read: &Positions) -> Result<()> {
+    for node in &world.unlike.rebuilt {
+        let hold = world.online.get(node).map(|online| &online.hold);
+        let ahead = hold
+            .is_some_and(|hold| hold.iter().any(|(place, at)| read.get(place).is_none_or(|read| at > read)));
+        if ahead {
+            let message = format!(
+                "sink {} cannot be rebuilt yet: what it serves is ahead of the newest checkpoint, as the process before did not end as it should",
+                plan.nodes[*node].id
+            );
+            let hint = "Start once with the SQL as it was before and stop it (Ctrl-C), then rebuild; or give the sink another \
+                        prefix.";
+            return Err(Error::user(message).hint(hint));
+        }
+    }
+    Ok(())
+}
+
 /// Sinks that begin where the pipeline is.
 fn say(plan: &StreamPlan, sinks: &[NodeId]) {
     for node in sinks {
@@ -282,11 +313,20 @@ fn say(plan: &StreamPlan, sinks: &[NodeId]) {
 /// What the new sinks need; what the state has too gets ids of its own.
 fn part_of(plan: &StreamPlan, wanted: &[NodeId], rebuilt: &[NodeId], manifest: &Manifest) -> StreamPlan {
     let mut part = plan.only(wanted);
+    let stay: Vec<NodeId> =
+        plan.sinks().map(|(node, _)| node).filter(|node| !wanted.contains(node)).collect();
+    let kept = plan.only(&stay);
+    let kept: BTreeSet<&str> = kept.nodes.iter().map(|node| node.id.as_str()).collect();
     let is_other = |id: NodeId| {
         let node = &part.nodes[id];
         match &node.kind {
             NodeKind::Sink(_) => rebuilt.iter().any(|sink| plan.nodes[*sink].id == node.id),
-            _ => manifest.fingerprints.get(&node.id).is_some_and(|known| !part.means(id, known)),
+            NodeKind::Source(_) => false,
+            _ => match manifest.fingerprints.get(&node.id) {
+                Some(known) => !part.means(id, known),
+                // Without state it means what it now is, unless a sink that stays reads it too.
+                None => manifest.nodes.contains_key(&node.id) && !kept.contains(node.id.as_str()),
+            },
         }
     };
     let others: Vec<bool> = (0..part.nodes.len()).map(is_other).collect();
@@ -343,6 +383,7 @@ impl Base {
                 sources: next.sources.clone(),
                 nodes: next.nodes.clone(),
                 fingerprints: next.fingerprints.clone(),
+                since: self.since,
                 stand_ins: self.stand_ins.iter().map(|(at, (sink, _))| (sink.clone(), at.clone())).collect(),
             });
             return whole;
@@ -370,6 +411,7 @@ impl Base {
         files.iter_mut().for_each(|file| file.node.truncate(file.node.trim_end_matches(INSTEAD).len()));
         whole.files = files;
         whole.garbage.extend(dropped.into_iter().map(|file| file.path));
+        whole.rebuilt.extend(self.rebuilt.iter().map(|name| (name.clone(), self.since)));
         for commit in &mut whole.commits {
             if let Some((_, location)) = self.stand_ins.get(&commit.location) {
                 commit.replaced_by = Some(std::mem::replace(&mut commit.location, location.clone()));

@@ -33,6 +33,8 @@ pub struct Changes {
     pub rebuilds: Vec<String>,
     /// Whether every changed sink is among them.
     rebuilds_all: bool,
+    /// The rebuild of what is changed is under way.
+    pub goes_on: bool,
     /// Look-up tables without `refresh` whose rows are others than in the run before.
     pub lookups: Vec<String>,
 }
@@ -45,7 +47,7 @@ impl Changes {
 
     /// Whether a run would start, as far as state and tables go.
     pub fn starts(&self) -> bool {
-        self.refusals.is_empty() && !self.items.iter().any(Item::is_changed)
+        self.refusals.is_empty() && (self.goes_on || !self.items.iter().any(Item::is_changed))
     }
 }
 
@@ -100,6 +102,7 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
         _ => Vec::new(),
     };
     let read = |latest: &Manifest| latest.sources.values().any(|source| !source.partitions.is_empty());
+    let goes_on = latest.as_ref().is_some_and(|latest| is_begun(plan, &compared, latest));
     let new = if latest.as_ref().is_some_and(read) { compared.new } else { Vec::new() };
     let builds = new.into_iter().filter(|node| history::builds(plan, *node));
     let builds = builds.map(|node| plan.nodes[node].id.clone()).collect();
@@ -107,7 +110,7 @@ pub async fn changes(plan: &StreamPlan, name: &str, state: &str) -> Result<Chang
     let rebuilds: Vec<String> = differ.map(|(node, _)| plan.nodes[*node].id.clone()).collect();
     let rebuilds_all = !rebuilds.is_empty() && rebuilds.len() == compared.differ.len();
     let (epoch, items) = (latest.map(|latest| latest.epoch), compared.items);
-    Ok(Changes { epoch, items, refusals, builds, rebuilds, rebuilds_all, lookups })
+    Ok(Changes { epoch, items, refusals, builds, rebuilds, rebuilds_all, goes_on, lookups })
 }
 
 /// Sinks that the state does not have as the SQL has them.
@@ -142,6 +145,18 @@ pub async fn adopt(plan: &mut StreamPlan, latest: &Manifest, rebuild: bool) -> R
     Ok(Unlike { new: compared.new, rebuilt })
 }
 
+/// Sinks whose rebuild came to its end, and was lost before it was in their tables, mean something else than their tables have:
+/// they are rebuilt once more, by this start or a later one.
+#[cfg(feature = "delta")]
+pub fn build_again(plan: &StreamPlan, manifest: &mut Manifest, unlike: &mut Unlike, sinks: Vec<NodeId>) {
+    for node in sinks.into_iter().filter(|node| !unlike.rebuilt.contains(node)).collect::<Vec<_>>() {
+        if let Some(meaning) = manifest.fingerprints.get_mut(&plan.nodes[node].id) {
+            meaning.push_str("\nnot in its table");
+        }
+        unlike.rebuilt.push(node);
+    }
+}
+
 /// Fills the fingerprints of a data manifest in and leaves out what belongs to nodes that are gone.
 pub fn forget(plan: &StreamPlan, next: &mut Manifest) {
     next.fingerprints = plan.stateful().map(|id| (plan.nodes[id].id.clone(), plan.fingerprint(id))).collect();
@@ -164,18 +179,27 @@ fn why_not(plan: &StreamPlan, sink: NodeId, known: &str) -> Option<String> {
     }
 }
 
+/// Whether the rebuild of all that changed is under way.
+fn is_begun(plan: &StreamPlan, compared: &Comparison, latest: &Manifest) -> bool {
+    let begun = |(node, _): &(NodeId, String)| {
+        let building = latest.building.as_ref();
+        let known = building.and_then(|b| b.fingerprints.get(&building::instead_of(plan, *node)));
+        known.is_some_and(|known| plan.means(*node, known))
+    };
+    !compared.differ.is_empty() && compared.differ.iter().all(begun)
+}
+
 fn refused(plan: &StreamPlan, compared: &Comparison, latest: &Manifest, rebuild: bool) -> Option<Error> {
     let (item, lines) = compared.changed()?;
     let mut hint = format!("{WAY_OUT} millstream plan shows all that changed.");
     let refusal =
         compared.differ.iter().find_map(|(node, known)| Some((*node, why_not(plan, *node, known)?)));
-    let begun = |(node, _): &(NodeId, String)| {
-        let known =
-            latest.building.as_ref().and_then(|b| b.fingerprints.get(&building::instead_of(plan, *node)));
-        known.is_some_and(|known| plan.means(*node, known))
-    };
+    if rebuild && latest.closed {
+        let message = "the pipeline is closed: nothing can be rebuilt in its place";
+        return Some(Error::user(message).hint(hint));
+    }
     match refusal {
-        None if rebuild || compared.differ.iter().all(begun) => return None,
+        None if rebuild || is_begun(plan, compared, latest) => return None,
         None => hint = format!("{REBUILD} {hint}"),
         Some((node, why)) if rebuild => {
             let message = format!("sink {} cannot be rebuilt in its place: {why}", plan.nodes[node].id);

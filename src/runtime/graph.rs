@@ -305,6 +305,9 @@ impl Graph<'_> {
                 }
                 SinkKind::Online { ttl_micros, .. } => {
                     let mut newest = Newest::new(Arc::clone(&sink.schema), sink.key.clone(), *ttl_micros)?;
+                    if is_instead(&self.plan.nodes[node].id) {
+                        newest.take_over();
+                    }
                     newest.bury(&served.shards[shard])?;
                     newest.restore(&restored.shards[shard])?;
                     let online = self.world.online.get(&node).cloned().ok_or_else(|| {

@@ -102,9 +102,11 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     if let Some(error) = latest.as_ref().and_then(|latest| changes::copied(plan, latest)) {
         return Err(error);
     }
-    let manifest = claim(&store, name, tables.newest, &online).await?;
+    #[cfg_attr(not(feature = "delta"), expect(unused_mut, reason = "nothing is rebuilt"))]
+    let mut manifest = claim(&store, name, tables.newest, &online).await?;
     // Another process may have published more since we looked.
-    let unlike = changes::adopt(plan, &manifest, options.rebuild).await?;
+    #[cfg_attr(not(feature = "delta"), expect(unused_mut, reason = "nothing is rebuilt"))]
+    let mut unlike = changes::adopt(plan, &manifest, options.rebuild).await?;
     if unlike.rebuilt != looked.rebuilt {
         return Err(Error::external("another process rebuilt sinks meanwhile").hint("Start it again."));
     }
@@ -115,7 +117,8 @@ pub async fn open(plan: &mut StreamPlan, options: &RunOptions) -> Result<World> 
     {
         let partitions = &seen;
         let past = Past { store: &store, manifest: &manifest, source: &source, partitions, options };
-        tables.take_over(plan, &past).await?;
+        let unreplaced = tables.take_over(plan, &past).await?;
+        changes::build_again(plan, &mut manifest, &mut unlike, unreplaced);
     }
     staged::take_over(plan, &manifest).await?;
     let mut fenced = BTreeMap::new();

@@ -55,9 +55,8 @@ impl Tables {
         let mut tables = Self { rebuilt: rebuilt.to_vec(), ..Self::none() };
         for (node, sink) in plan.sinks() {
             let SinkKind::Delta(config) = &sink.kind else { continue };
-            let is_replaced = |commit: &PreparedCommit| commit.replaced_by.is_some() && writes(sink, commit);
-            let waits = latest.is_some_and(|latest| latest.commits.iter().any(is_replaced));
-            let (committer, table) = committer(config, sink, name, waits || rebuilt.contains(&node)).await?;
+            let as_it_is = waits(sink, latest) || rebuilt.contains(&node);
+            let (committer, table) = committer(config, sink, name, as_it_is).await?;
             tables.newest = tables.newest.max(table.last_epoch.max(table.max_generation).unwrap_or(0));
             if !table.exists {
                 tables.missing.push(node);
@@ -121,11 +120,12 @@ impl Tables {
     }
 
     /// After the claim: creates what is missing, in commits of their own, replays the prepared commits unchanged, makes
-    /// those again whose files are gone, and adds the columns that a table lacks.
+    /// those again whose files are gone, and adds the columns that a table lacks. Returns the sinks that were rebuilt and whose
+    /// stand-ins are gone before they replaced what there was.
     ///
     /// # Errors
     /// External: a store failed, or a commit cannot be made again.
-    pub async fn take_over(&mut self, plan: &StreamPlan, past: &Past<'_>) -> Result<()> {
+    pub async fn take_over(&mut self, plan: &StreamPlan, past: &Past<'_>) -> Result<Vec<NodeId>> {
         let manifest = past.manifest;
         for node in std::mem::take(&mut self.missing) {
             if let Some(committer) = self.committers.get_mut(&node) {
@@ -134,7 +134,7 @@ impl Tables {
                 crash::point("table.after");
             }
         }
-        let mut lost = Vec::new();
+        let (mut lost, mut unreplaced) = (Vec::new(), Vec::new());
         for node in std::mem::take(&mut self.adopted) {
             if let Some(committer) = self.committers.get_mut(&node) {
                 tracing::warn!(
@@ -148,7 +148,7 @@ impl Tables {
         }
         for commit in &manifest.commits {
             match &commit.replaced_by {
-                Some(stand_in) => self.replace(plan, commit, stand_in, manifest).await?,
+                Some(stand_in) => unreplaced.extend(self.replace(plan, commit, stand_in, manifest).await?),
                 None => lost.extend(self.replay(plan, commit, manifest.generation).await?),
             }
         }
@@ -166,7 +166,7 @@ impl Tables {
         for committer in self.committers.values_mut() {
             committer.evolve().await?;
         }
-        Ok(())
+        Ok(unreplaced)
     }
 
     /// Makes a prepared commit unless it is made; gives it back if files of it are gone.
@@ -193,36 +193,40 @@ impl Tables {
         Ok(None)
     }
 
-    /// Replaces the rows of a table by those of its stand-in, the last of which `commit` has.
+    /// Replaces the rows of a table by those of its stand-in, the last of which `commit` has; gives the sink back if something of
+    /// the stand-in is gone.
     async fn replace(
         &mut self,
         plan: &StreamPlan,
         commit: &PreparedCommit,
         stand_in: &str,
         manifest: &Manifest,
-    ) -> Result<()> {
-        let Some((node, sink)) = plan.sinks().find(|(_, sink)| writes(sink, commit)) else { return Ok(()) };
-        let SinkKind::Delta(config) = &sink.kind else { return Ok(()) };
+    ) -> Result<Option<NodeId>> {
+        let Some((node, sink)) = plan.sinks().find(|(_, sink)| writes(sink, commit)) else { return Ok(None) };
+        let SinkKind::Delta(config) = &sink.kind else { return Ok(None) };
         let (app, state_id) = (format!("{}/{}", manifest.pipeline, sink.name), manifest.state_id.to_string());
         let swap = Swap { location: &config.location, stand_in, app: &app, state_id: &state_id };
         if !swap.is_done(commit.epoch).await? {
             let (files, progress) = (files_of(commit), progress_of(commit, manifest.generation));
             let at = DeltaConfig { location: stand_in.to_owned(), ..config.clone() };
             let (mut built, table) = committer(&at, sink, &manifest.pipeline, true).await?;
-            if table.exists && table.last_epoch < Some(commit.epoch) {
-                if let Some(file) = built.missing_files(&files).await?.first() {
-                    return Err(gone(commit, file));
-                }
+            let is_last = table.last_epoch >= Some(commit.epoch);
+            let is_ready = table.exists && (is_last || built.missing_files(&files).await?.is_empty());
+            if is_ready && !is_last {
                 built.commit(commit.epoch, &files, &progress).await?;
             }
-            let done = swap.swap(commit.epoch, &progress).await?;
+            let done = if is_ready { swap.swap(commit.epoch, &progress).await? } else { None };
+            let Some(done) = done else {
+                tracing::warn!(sink = %commit.sink, "the table that was rebuilt is gone or lacks files; it is built once more");
+                return Ok(Some(node));
+            };
             tracing::warn!(sink = %commit.sink, ?done, "the table has the rows of the rebuild, and no others");
         }
         swap.clean().await;
         let as_it_is = self.rebuilt.contains(&node);
         let (opened, _) = committer(config, sink, &manifest.pipeline, as_it_is).await?;
         self.committers.insert(node, opened);
-        Ok(())
+        Ok(None)
     }
 
     /// Makes the commits of a manifest that was published at that time (ms).
@@ -247,9 +251,12 @@ impl Tables {
             let done = committer.commit(commit.epoch, &files_of(commit), &progress).await?;
             crash::point("delta.commit.after");
             let Committed::Version(version) = done else { continue };
-            if let Some((node, _)) = plan.sinks().find(|(_, sink)| sink.name == commit.sink) {
+            if let Some((node, sink)) = plan.sinks().find(|(_, sink)| sink.name == commit.sink) {
                 let counted = metrics.sink(node);
-                counted.version.store(version, Ordering::Relaxed);
+                // Of a stand-in it is nothing to the table's upkeep.
+                if stands_for(sink).is_none() {
+                    counted.version.store(version, Ordering::Relaxed);
+                }
                 counted.committed(Clock.unix_millis());
             }
         }
@@ -276,6 +283,12 @@ impl Tables {
         self.upkeep = Upkeep::begin(plan, manifest, store, metrics, &known)?;
         Ok(())
     }
+}
+
+/// Whether the rows of a sink's table are about to be replaced.
+fn waits(sink: &SinkPlan, latest: Option<&Manifest>) -> bool {
+    let replaced = |commit: &PreparedCommit| commit.replaced_by.is_some() && writes(sink, commit);
+    latest.is_some_and(|latest| latest.commits.iter().any(replaced))
 }
 
 /// Opens the table of a sink; `as_it_is`: whatever columns it has.
@@ -333,13 +346,13 @@ pub fn stands_for(sink: &SinkPlan) -> Option<String> {
     }
 }
 
-/// Whether the tables of a rebuild that was begun are there.
+/// Whether the tables of a rebuild that was begun are there, with all their files.
 ///
 /// # Errors
 /// External: a store failed.
 pub async fn all_there(stand_ins: &BTreeMap<String, String>) -> Result<bool> {
     for location in stand_ins.values() {
-        if !exists(location).await? {
+        if !swap::is_whole(location).await? {
             return Ok(false);
         }
     }
@@ -373,7 +386,7 @@ pub async fn look(
     if !exists(&config.location).await? {
         return Ok(());
     }
-    let (_, table) = committer(config, sink, pipeline, is_rebuilt).await?;
+    let (_, table) = committer(config, sink, pipeline, is_rebuilt || waits(sink, latest)).await?;
     if history::continues(plan, node, latest) && continued(&table) {
         return Ok(());
     }

@@ -107,6 +107,9 @@ pub struct Manifest {
     /// The checkpoint of another pipeline that this state began as.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copied: Option<Copied>,
+    /// By view or sink that was rebuilt: dead letters up to this epoch are not of its rows.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rebuilt: BTreeMap<String, u64>,
     /// Sinks that are new and on their way from history to where the pipeline is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub building: Option<Building>,
@@ -120,6 +123,8 @@ pub struct Building {
     pub sources: BTreeMap<String, SourceProgress>,
     pub nodes: BTreeMap<String, NodeProgress>,
     pub fingerprints: BTreeMap<String, String>,
+    /// The epoch behind which it began.
+    pub since: u64,
     /// By sink that is rebuilt in its place: the location of the table that will replace its rows.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub stand_ins: BTreeMap<String, String>,
@@ -532,6 +537,7 @@ pub fn next_claim(
             fingerprints: BTreeMap::new(),
             lookups: BTreeMap::new(),
             copied: None,
+            rebuilt: BTreeMap::new(),
             building: None,
         },
     }

@@ -37,6 +37,8 @@ pub struct Job<'a> {
     too_large: AtomicBool,
     /// The state that owned the table when it was planned.
     owner: Option<String>,
+    /// The newest rebuild of the table then.
+    rebuilt: Option<i64>,
     /// The newest turn of the ledger then.
     turn: i64,
     fingerprint: i64,
@@ -93,6 +95,7 @@ impl<'a> Job<'a> {
             method,
             too_large: AtomicBool::new(false),
             owner: pinned.and_then(|pinned| pinned.state_id.clone()),
+            rebuilt: pinned.and_then(Pinned::rebuilt),
             turn: turns.iter().map(|known| known.turn).max().unwrap_or(0),
             fingerprint: prepared.fingerprint(pinned),
             by_offset: prepared.by_offset(pinned),
@@ -165,13 +168,19 @@ impl<'a> Job<'a> {
         let sink = &self.prepared.sink.name;
         let base = self.prepared.table.pin().await?;
         let base = base.ok_or_else(|| Error::external(format!("the table of the sink {sink} is gone")))?;
-        match base.state_id == self.owner {
-            true => Ok(base),
-            false => {
-                let message = format!("the table of the sink {sink} was taken over meanwhile");
-                Err(Error::external(message).hint("Run the backfill again: what is complete has changed."))
-            }
+        if base.state_id != self.owner {
+            let message = format!("the table of the sink {sink} was taken over meanwhile");
+            return Err(
+                Error::external(message).hint("Run the backfill again: what is complete has changed.")
+            );
         }
+        if base.rebuilt() != self.rebuilt {
+            let message = format!("the table of the sink {sink} was rebuilt by other SQL meanwhile");
+            return Err(
+                Error::external(message).hint("Run the backfill again, with the SQL that it has now.")
+            );
+        }
+        Ok(base)
     }
 
     async fn commit(

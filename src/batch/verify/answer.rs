@@ -82,7 +82,10 @@ impl Verifier<'_> {
         };
         let replayed = state.replayed().await?;
         let (names, after_state) = self.views();
-        let letters = state.letters(&Filter { at: names, ..Filter::default() }, None).await?.rows;
+        let letters = state
+            .letters(&Filter { at: names, after: state.manifest.rebuilt.clone(), ..Filter::default() }, None)
+            .await?
+            .rows;
         let (stages, at) = (letters.column(0).as_string::<i32>(), letters.column(1).as_string::<i32>());
         let online = matches!(self.sink.kind, SinkKind::Online { .. });
         // What a store refuses is a row of the answer, which is left out there.

@@ -10,6 +10,7 @@
 //! | `/offset/<topic>/<partition>` | next offset |
 //! | `/watermark/<topic>/<partition>`, `/watermark` | µs, of a partition and of the source |
 //! | `/complete_until` | µs |
+//! | `/rebuilt` | epoch in which all rows were replaced |
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,12 +25,7 @@ use crate::error::{Error, Result};
 
 const ENGINE: &str = concat!("millstream/", env!("CARGO_PKG_VERSION"));
 
-/// Reader 1, writer 2: what every reader of Delta knows.
-pub fn create_protocol() -> Value {
-    json!({ "minReaderVersion": 1, "minWriterVersion": 2 })
-}
-
-/// The first entry: protocol and metadata, no rows.
+/// The first entry: protocol and metadata, no rows. Reader 1, writer 2: what every reader of Delta knows.
 ///
 /// # Errors
 /// Internal: a schema that cannot be written as JSON.
@@ -59,7 +55,7 @@ pub fn create_entry(
     });
     Ok(lines([
         json!({ "commitInfo": info }),
-        json!({ "protocol": create_protocol() }),
+        json!({ "protocol": { "minReaderVersion": 1, "minWriterVersion": 2 } }),
         json!({ "metaData": metadata }),
     ]))
 }

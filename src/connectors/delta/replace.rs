@@ -153,6 +153,11 @@ impl Pinned {
         of_transactions(&self.txns, &self.app)
     }
 
+    /// When all rows were replaced: the epoch of the newest rebuild.
+    pub fn rebuilt(&self) -> Option<i64> {
+        self.txns.get(&format!("{}/rebuilt", self.app)).map(|txn| txn.version)
+    }
+
     fn turn(&self) -> i64 {
         self.txns.get(&format!("{}/backfill", self.app)).map_or(0, |txn| txn.version)
     }

@@ -11,7 +11,11 @@
 //! entry came first, all is decided anew from the table as it is then, so that nobody's rows stay beside the new ones.
 //!
 //! Intervals that were backfilled are gone with their rows: the entry voids the table's ledger of them, and counts as a
-//! turn of it, so that a backfill under way begins again.
+//! turn of it, so that a commit of a backfill that did not see it is a conflict. A backfill that began before it ends with
+//! an error, as its rows are of the old SQL: it finds `<app>/rebuilt`, whose version is the epoch.
+//!
+//! A file of the stand-in that is gone, as by a foreign VACUUM of the table, which does not know it yet, is found before the
+//! entry is put: then the rebuild begins anew.
 
 use std::collections::BTreeMap;
 
@@ -19,14 +23,14 @@ use bytes::Bytes;
 use deltalake_core::DeltaTable;
 use deltalake_core::kernel::transaction::TransactionError;
 use deltalake_core::logstore::CommitOrBytes;
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, path::Path};
 use serde_json::{Value, json};
 
 use super::committer::{CommitProgress, Committed, STATE_PROPERTY};
 use super::entries::Txn;
 use super::ledger::VOID;
-use super::log::{create_protocol, transactions};
+use super::log::transactions;
 use super::replace::{ENGINE, look, remove};
 use super::schema::check_features;
 use super::store::{existing_table, failed};
@@ -37,6 +41,8 @@ use crate::stream::{START_OF_TIME, crash};
 
 /// Others that may come first before this counts as failed.
 const MAX_OVERTAKEN: u32 = 100;
+/// Requests at the same time when files are looked up.
+const HEADS: usize = 16;
 
 /// Where the rows of a table are built that are to replace those of the table at `location`; each `generation` has its own.
 pub fn stand_in(location: &str, generation: u64) -> String {
@@ -64,23 +70,29 @@ impl Swap<'_> {
         Ok(found.is_some_and(|(_, txns)| committed(&txns, self.app, epoch)))
     }
 
-    /// Puts the stand-in's rows in the place of all others, once.
+    /// Puts the stand-in's rows in the place of all others, once. `None`: the stand-in, or a file of it, is gone; nothing is
+    /// changed.
     ///
     /// # Errors
     /// Fenced: the table belongs to another state. External: the store failed; repeating it is safe.
-    pub async fn swap(&self, epoch: u64, progress: &CommitProgress) -> Result<Committed> {
-        let built = self.built().await?;
+    pub async fn swap(&self, epoch: u64, progress: &CommitProgress) -> Result<Option<Committed>> {
+        let Some(built) = built(self.stand_in).await? else {
+            return Ok(self.is_done(epoch).await?.then_some(Committed::AlreadyDone));
+        };
         for _ in 0..MAX_OVERTAKEN {
-            let found = look(self.location).await?;
-            if found.as_ref().is_some_and(|(_, txns)| committed(txns, self.app, epoch)) {
-                return Ok(Committed::AlreadyDone);
+            let (table, txns) = look(self.location).await?.ok_or_else(|| self.gone())?;
+            if committed(&txns, self.app, epoch) {
+                return Ok(Some(Committed::AlreadyDone));
             }
-            let version = found.as_ref().and_then(|(table, _)| table.version()).map_or(0, |at| at + 1);
-            let entry = self.entry(found.as_ref(), &built, epoch, progress)?;
+            let version = table.version().map_or(0, |at| at + 1);
+            let entry = self.entry((&table, &txns), &built, epoch, progress)?;
+            if !self.is_whole(&built).await? {
+                return Ok(None);
+            }
             crash::point("swap.before");
             if self.put(version, &entry).await? {
                 crash::point("swap.after");
-                return Ok(Committed::Version(version));
+                return Ok(Some(Committed::Version(version)));
             }
         }
         Err(Error::external(format!("others commit to {} all the time", self.location)))
@@ -102,34 +114,24 @@ impl Swap<'_> {
         }
     }
 
-    /// What the stand-in holds, by its log: nobody but us wrote it, and it has no checkpoint.
-    async fn built(&self) -> Result<Built> {
-        let gone = || {
-            let message =
-                format!("the table {} that was rebuilt for {} is gone", self.stand_in, self.location);
-            let hint = "Give the sink another name and location: it is built anew from history.";
-            Error::external(message).hint(hint)
-        };
-        let table = existing_table(self.stand_in)?.ok_or_else(gone)?;
-        let log = table.log_store();
-        let mut built = Built::default();
-        for version in 0.. {
-            let entry = log.read_commit_entry(version).await.map_err(|e| failed(self.stand_in, e))?;
-            let Some(entry) = entry else { break };
-            built.follow(&entry).map_err(|error| error.context(self.stand_in))?;
-        }
-        if built.metadata.is_null() { Err(gone()) } else { Ok(built) }
+    fn gone(&self) -> Error {
+        let message = format!("the Delta table {} is gone", self.location);
+        Error::external(message).hint("Bring it back, or start the pipeline under a new state.")
+    }
+
+    async fn is_whole(&self, built: &Built) -> Result<bool> {
+        are_there(self.stand_in, built).await
     }
 
     fn entry(
         &self,
-        found: Option<&(DeltaTable, BTreeMap<String, Txn>)>,
+        (table, txns): (&DeltaTable, &BTreeMap<String, Txn>),
         built: &Built,
         epoch: u64,
         progress: &CommitProgress,
     ) -> Result<Bytes> {
         let now = Clock.unix_millis();
-        let removes = found.map(|(table, _)| self.removes(table, now)).transpose()?.unwrap_or_default();
+        let removes = self.removes(table, now)?;
         let folder = self.stand_in.rsplit('/').next().unwrap_or_default();
         let adds = built.adds.values().map(|add| {
             let mut add = add.clone();
@@ -155,17 +157,14 @@ impl Swap<'_> {
             i64::try_from(epoch).map_err(|_| Error::internal("an epoch of a rebuild is out of range"))?;
         // What was said of the old rows does not hold for the new ones.
         let complete_until = Some(progress.complete_until.unwrap_or(START_OF_TIME));
-        let mut txns = transactions(self.app, epoch, &CommitProgress { complete_until, ..progress.clone() });
-        txns.extend(found.map(|(_, txns)| voided(txns, self.app)).unwrap_or_default());
-        let txns = txns
+        let mut said = transactions(self.app, epoch, &CommitProgress { complete_until, ..progress.clone() });
+        said.extend(voided(txns, self.app));
+        said.push((format!("{}/rebuilt", self.app), epoch));
+        let txns = said
             .into_iter()
             .map(|(id, version)| json!({ "txn": { "appId": id, "version": version, "lastUpdated": now } }));
-        let (protocol, metadata) = match found {
-            None => (Some(create_protocol()), Some(built.metadata.clone())),
-            Some((table, _)) => (None, self.metadata(table, &built.metadata)?),
-        };
+        let metadata = self.metadata(table, &built.metadata)?;
         let head = std::iter::once(json!({ "commitInfo": info }))
-            .chain(protocol.map(|protocol| json!({ "protocol": protocol })))
             .chain(metadata.map(|metadata| json!({ "metaData": metadata })));
         let files = removes.into_iter().map(|remove| json!({ "remove": remove }));
         let actions = head.chain(txns).chain(files).chain(adds.map(|add| json!({ "add": add })));
@@ -215,7 +214,8 @@ impl Swap<'_> {
     }
 }
 
-/// Removes the log of a stand-in: files that no table names go with a vacuum of the table that it stood for.
+/// Removes the log of a stand-in: files that no table names go with a vacuum of the table that it stood for. The first entry
+/// goes first: without it there is no table, however far this comes.
 ///
 /// # Errors
 /// External: the store failed.
@@ -223,11 +223,54 @@ pub async fn forget(stand_in: &str) -> Result<()> {
     let Some(located) = open_existing(stand_in)? else { return Ok(()) };
     let fail = |error: object_store::Error| failed(stand_in, error.into());
     let log = Path::from("_delta_log");
-    let found: Vec<_> = located.store.list(Some(&log)).try_collect().await.map_err(fail)?;
+    let mut found: Vec<_> = located.store.list(Some(&log)).try_collect().await.map_err(fail)?;
+    found.sort_by(|a, b| a.location.cmp(&b.location));
     for meta in found {
         located.store.delete(&meta.location).await.map_err(fail)?;
     }
     Ok(())
+}
+
+/// Whether a stand-in has all that its log names.
+///
+/// # Errors
+/// External: the store failed.
+pub async fn is_whole(stand_in: &str) -> Result<bool> {
+    match built(stand_in).await? {
+        Some(built) => are_there(stand_in, &built).await,
+        None => Ok(false),
+    }
+}
+
+/// What a stand-in holds, by its log: nobody but us wrote it, and it has no checkpoint. `None`: it is gone.
+async fn built(stand_in: &str) -> Result<Option<Built>> {
+    let Some(table) = existing_table(stand_in)? else { return Ok(None) };
+    let log = table.log_store();
+    let mut built = Built::default();
+    for version in 0.. {
+        let entry = log.read_commit_entry(version).await.map_err(|error| failed(stand_in, error))?;
+        let Some(entry) = entry else { break };
+        built.follow(&entry).map_err(|error| error.context(stand_in))?;
+    }
+    Ok((!built.metadata.is_null()).then_some(built))
+}
+
+async fn are_there(stand_in: &str, built: &Built) -> Result<bool> {
+    let Some(located) = open_existing(stand_in)? else { return Ok(false) };
+    let heads = built.adds.keys().map(|path| {
+        let store = &located.store;
+        async move {
+            let path = Path::from_url_path(path)
+                .map_err(|error| Error::external(format!("{path} is no path")).because(error))?;
+            match store.head(&path).await {
+                Ok(_) => Ok(true),
+                Err(object_store::Error::NotFound { .. }) => Ok(false),
+                Err(error) => Err(failed(stand_in, error.into())),
+            }
+        }
+    });
+    let found: Vec<bool> = futures::stream::iter(heads).buffered(HEADS).try_collect().await?;
+    Ok(found.into_iter().all(|found| found))
 }
 
 /// The newest version of a stand-in.
@@ -274,6 +317,6 @@ fn voided(txns: &BTreeMap<String, Txn>, app: &str) -> Vec<(String, i64)> {
     let intervals = txns.keys().filter(|id| {
         id.strip_prefix(&all).is_some_and(|rest| rest.starts_with('/') && rest.ends_with("/fingerprint"))
     });
-    let turn = txns.get(&all).map(|txn| (all.clone(), txn.version + 1));
-    intervals.map(|id| (id.clone(), VOID)).chain(turn).collect()
+    let turn = txns.get(&all).map_or(1, |txn| txn.version + 1);
+    intervals.map(|id| (id.clone(), VOID)).chain([(all.clone(), turn)]).collect()
 }

@@ -45,7 +45,9 @@ fn origin(path: &str) -> Origin {
     if !name.ends_with(".parquet") {
         return Origin::Unknown;
     }
-    let staged = path.strip_prefix("_staged/");
+    // A stand-in has staged files of its own.
+    let inside = path.split_once('/').filter(|(folder, _)| folder.starts_with("rebuilt-"));
+    let staged = inside.map_or(path, |(_, rest)| rest).strip_prefix("_staged/");
     let hidden = |part: &str| (part.starts_with('_') && !part.contains('=')) || part.starts_with('.');
     if staged.is_none() && path.split('/').any(hidden) {
         return Origin::Unknown;

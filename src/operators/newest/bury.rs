@@ -9,6 +9,19 @@ use super::{Newest, SNAPSHOT_COLUMNS};
 use crate::error::{Error, Result};
 
 impl Newest {
+    /// From now on a row that expires before it was written is deleted from the store, which may have a newer one of the key
+    /// by another table.
+    pub fn take_over(&mut self) {
+        self.takes_over = true;
+    }
+
+    pub(super) fn delete(&mut self, slot: u32) {
+        let state = &mut self.slots[slot as usize];
+        state.deleted = true;
+        state.version = state.version.wrapping_add(1);
+        self.mark(slot, true, true);
+    }
+
     /// Deletes the keys of another table's snapshots, whose columns may be others; any row of a key takes its deletion back.
     /// For a table that takes the other one's place in a store.
     ///

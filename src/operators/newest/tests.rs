@@ -414,3 +414,20 @@ fn what_another_table_held_is_deleted_or_replaced() {
         assert_eq!(store, oracle.values());
     }
 }
+
+/// A row that comes in the place of another table's and expires before the store has it.
+#[test]
+fn an_expired_row_of_a_table_that_takes_over_is_deleted() {
+    let mut former = table(Some(100));
+    former.push(&batch(&[one(1, (500, 0, 0), "former"), one(2, (500, 0, 1), "former")])).unwrap();
+    let snapshot = former.snapshot().unwrap();
+    let mut newest = table(Some(100));
+    newest.take_over();
+    newest.bury(snapshot.as_slice()).unwrap();
+    newest.push(&batch(&[one(1, (10, 0, 0), "old"), one(2, (510, 0, 1), "new")])).unwrap();
+    newest.expire(520).unwrap();
+    let mut store: BTreeMap<Key, String> =
+        [1, 2].map(|user| ((user, String::new()), "former".to_owned())).into();
+    flush(&mut newest, &mut store, false);
+    assert_eq!(store, [((2, String::new()), "new".to_owned())].into());
+}

@@ -55,7 +55,8 @@ async fn all_rows_are_replaced_in_one_commit_and_the_sink_goes_on() {
         let swap = swap(&was, &instead);
         assert!(!swap.is_done(6).await.unwrap());
         let progress = CommitProgress { complete_until: Some(5), generation: Some(2), ..Default::default() };
-        assert_eq!(swap.swap(6, &progress).await.unwrap(), Committed::Version(4));
+        assert_eq!(swap.swap(6, &progress).await.unwrap(), Some(Committed::Version(4)));
+        assert_eq!(swap.swap(6, &progress).await.unwrap(), Some(Committed::AlreadyDone));
         swap.clean().await;
         assert!(swap.is_done(6).await.unwrap());
         assert_eq!(ids(&was).await, expected(0..0), "{partition_by} {other}");
@@ -106,8 +107,8 @@ async fn swaps_and_appends_at_the_same_time() {
     let progress = CommitProgress::default();
     let (versions, one, other) = tokio::join!(appended, one.swap(6, &progress), other.swap(6, &progress));
     let at = match (one.unwrap(), other.unwrap()) {
-        (Committed::Version(at), Committed::AlreadyDone)
-        | (Committed::AlreadyDone, Committed::Version(at)) => at,
+        (Some(Committed::Version(at)), Some(Committed::AlreadyDone))
+        | (Some(Committed::AlreadyDone), Some(Committed::Version(at))) => at,
         both => panic!("{both:?}"),
     };
     let mut wanted = expected(0..0);
@@ -124,7 +125,7 @@ async fn backfilled_intervals_are_void_and_one_under_way_begins_again() {
     let replacer = Replacer::open(&config, &schema(), "t", "p", "s").await.unwrap();
     let interval =
         Interval { from: 1_703_930_000_123_456, to: 1_703_930_000_123_456 + 40 * 5 * 3_600_000_000 };
-    let pinned = replacer.pin().await.unwrap().unwrap();
+    let (early, pinned) = (replacer.pin().await.unwrap().unwrap(), replacer.pin().await.unwrap().unwrap());
     let wanted = Replacement { interval, files: &[], fingerprint: 3, backup_version: None, offsets: &[] };
     assert!(matches!(replacer.replace(&pinned, &wanted).await.unwrap(), Replaced::Version { .. }));
     let pinned = replacer.pin().await.unwrap().unwrap();
@@ -132,7 +133,7 @@ async fn backfilled_intervals_are_void_and_one_under_way_begins_again() {
     swap(&config, &instead).swap(6, &CommitProgress::default()).await.unwrap();
     assert!(matches!(replacer.replace(&pinned, &wanted).await.unwrap(), Replaced::Conflict(_)));
     let pinned = replacer.pin().await.unwrap().unwrap();
-    assert_eq!(pinned.ledger(), []);
+    assert_eq!((pinned.ledger(), early.rebuilt(), pinned.rebuilt()), (vec![], None, Some(6)));
     assert!(matches!(replacer.replace(&pinned, &wanted).await.unwrap(), Replaced::Version { .. }));
     assert_eq!(replacer.pin().await.unwrap().unwrap().ledger().len(), 1);
 }
@@ -146,8 +147,12 @@ async fn nothing_is_swapped_into_the_table_of_another_state() {
     let swap = Swap { state_id: "y", ..swap(&config, &instead) };
     let error = swap.swap(6, &CommitProgress::default()).await.unwrap_err();
     assert_eq!(error.domain(), Domain::Fenced, "{error}");
-    let gone = Swap { stand_in: "./nowhere", state_id: "x", ..swap };
-    let error = gone.swap(6, &CommitProgress::default()).await.unwrap_err();
-    assert!(error.to_string().contains("is gone"), "{error}");
+    let swap = Swap { state_id: "x", ..swap };
+    let gone = Swap { stand_in: "./nowhere", ..swap };
+    assert_eq!(gone.swap(6, &CommitProgress::default()).await.unwrap(), None);
+    // A file that a stranger removed.
+    let listed = std::fs::read_dir(std::path::Path::new(&instead.location).join("t_year=2024")).unwrap();
+    std::fs::remove_file(listed.map(|entry| entry.unwrap().path()).next().unwrap()).unwrap();
+    assert_eq!(swap.swap(6, &CommitProgress::default()).await.unwrap(), None);
     assert_eq!(ids(&config).await, (10..40).collect::<Vec<_>>());
 }
