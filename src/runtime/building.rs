@@ -347,7 +347,7 @@ async fn resumed(manifest: &Manifest, part: &StreamPlan) -> Result<Manifest> {
         part.stateful().map(|id| (part.nodes[id].id.clone(), part.fingerprint(id))).collect();
     let mut known = manifest.building.clone().filter(|building| building.fingerprints == meant);
     if let Some(building) = &known
-        && !tables::all_there(&building.stand_ins).await?
+        && !tables::all_there(&building.stand_ins, manifest).await?
     {
         tracing::warn!("a table of the rebuild that was begun is gone; it begins anew");
         known = None;

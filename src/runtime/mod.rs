@@ -41,6 +41,8 @@ mod sinks;
 mod source;
 mod stage;
 mod staged;
+#[cfg(feature = "delta")]
+mod stand_ins;
 mod standstill;
 mod start;
 #[cfg(feature = "delta")]

@@ -71,7 +71,7 @@ pub fn stands_for(_: &SinkPlan) -> Option<String> {
     None
 }
 
-pub async fn all_there(_: &BTreeMap<String, String>) -> Result<bool> {
+pub async fn all_there(_: &BTreeMap<String, String>, _: &Manifest) -> Result<bool> {
     Ok(true)
 }
 

@@ -1,11 +1,11 @@
 //! The Delta sinks of a pipeline: opened at start, taken over by a claim, committed once per epoch.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::connectors::delta::config::OnSchemaChange;
-use crate::connectors::delta::swap::{self, Swap};
+use crate::connectors::delta::swap::Swap;
 use crate::connectors::delta::table::{exists, newest_epoch};
 use crate::connectors::delta::{
     CommitProgress, Committed, DeltaCommitter, DeltaConfig, PreparedFile as DeltaFile, TableState,
@@ -15,6 +15,7 @@ use crate::plan::{NodeId, NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::history;
 use crate::runtime::metrics::Metrics;
 use crate::runtime::remake::{Lost, Past, remake};
+pub use crate::runtime::stand_ins::{all_there, forget, stand_in, stands_for};
 use crate::runtime::upkeep::Upkeep;
 use crate::state::manifest::{
     self, Manifest, PartitionProgress, PreparedCommit, PreparedFile, SourceProgress,
@@ -313,61 +314,6 @@ fn gone(commit: &PreparedCommit, file: &str) -> Error {
     let hint =
         "Another VACUUM removed it. Give the sink another name and location: it is built anew from history.";
     Error::external(message).hint(hint)
-}
-
-/// Lets rebuilt sinks of a part write beside the tables whose rows they will replace: where an earlier start began to
-/// (`known`, by sink), or in folders of this generation. Returns the locations by sink.
-pub fn stand_in(
-    part: &mut StreamPlan,
-    rebuilt: &BTreeSet<String>,
-    known: &BTreeMap<String, String>,
-    generation: u64,
-) -> BTreeMap<String, String> {
-    let mut locations = BTreeMap::new();
-    for node in &mut part.nodes {
-        let NodeKind::Sink(SinkPlan { name, kind: SinkKind::Delta(config), .. }) = &mut node.kind else {
-            continue;
-        };
-        if rebuilt.contains(name) {
-            let location = known.get(name).cloned();
-            let location = location.unwrap_or_else(|| swap::stand_in(&config.location, generation));
-            config.stands_for = Some(std::mem::replace(&mut config.location, location.clone()));
-            locations.insert(name.clone(), location);
-        }
-    }
-    locations
-}
-
-/// The location of the table that a stand-in stands for.
-pub fn stands_for(sink: &SinkPlan) -> Option<String> {
-    match &sink.kind {
-        SinkKind::Delta(config) => config.stands_for.clone(),
-        _ => None,
-    }
-}
-
-/// Whether the tables of a rebuild that was begun are there, with all their files.
-///
-/// # Errors
-/// External: a store failed.
-pub async fn all_there(stand_ins: &BTreeMap<String, String>) -> Result<bool> {
-    for location in stand_ins.values() {
-        if !swap::is_whole(location).await? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// Forgets the tables of a rebuild that is left.
-///
-/// # Errors
-/// External: a store failed.
-pub async fn forget(stand_ins: &BTreeMap<String, String>) -> Result<()> {
-    for location in stand_ins.values() {
-        swap::forget(location).await?;
-    }
-    Ok(())
 }
 
 /// As [`fits`], of the table as it is; nothing is made.
