@@ -147,6 +147,9 @@ fn meaning(item: &Item, found: &Changes) -> (&'static str, &'static str) {
         (Change::Changed(_), true) if found.rebuilds.contains(&item.name) => {
             ("changed", "changed: run --rebuild computes it anew from history, in its place")
         }
+        (Change::Changed(_), false) if found.rebuilds_all() => {
+            ("changed", "changed: run --rebuild computes it anew with the sinks that read it")
+        }
         (Change::Changed(_), _) => ("changed", "changed: must be rebuilt"),
         (Change::Gone, false) => ("gone", "gone: its state is dropped"),
         (Change::Gone, true) => ("gone", "gone: what it wrote stays, its state is dropped"),

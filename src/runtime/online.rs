@@ -500,7 +500,9 @@ impl OnlineTask {
         }
         self.drain(PATIENCE).await?;
         let keys = self.newest.dirty_len();
-        if self.fence != Fence::Ours {
+        if self.quiet {
+            // As it should be.
+        } else if self.fence != Fence::Ours {
             tracing::warn!(sink = %self.sink, "stopped while the online store is down; the next start writes every key");
         } else if keys > 0 && self.held() {
             tracing::warn!(
