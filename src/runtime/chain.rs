@@ -6,23 +6,24 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use arrow::array::{ArrayRef, RecordBatch};
+use tokio::sync::mpsc::Sender;
+
 use crate::error::{Error, Result};
 use crate::operators::lookup::lookup;
 use crate::operators::stateless::{Failed, filter, filter_newest, project, unnest};
 use crate::plan::{NodeId, NodeKind, StreamPlan};
-use crate::runtime::channel::Sending;
 use crate::runtime::counts::Counts;
 use crate::runtime::letters;
 use crate::runtime::lookups::Lookups;
 use crate::state::keys::{hash_keys, scatter};
 use crate::stream::{ChangeBatch, DeadLetter, Message, Port, Reached, Stage};
-use arrow::array::{ArrayRef, RecordBatch};
 
 /// Where the rows of a stage leave it.
 #[derive(Debug, Clone)]
 pub struct Outlet {
     /// One sender per shard of the reader; a single one when the rows stay in their shard.
-    pub senders: Vec<Sending>,
+    pub senders: Vec<Sender<Message>>,
     /// Key columns, where rows are scattered.
     pub keys: Option<Vec<usize>>,
 }
@@ -168,7 +169,7 @@ impl Chain {
     /// Internal: a reader is gone; its own error is reported by itself.
     pub async fn flush(&self, out: &mut Outgoing) -> Result<()> {
         for (at, shard, message) in out.drain(..) {
-            self.outlets[at].senders[shard].send(message).await?;
+            self.outlets[at].senders[shard].send(message).await.map_err(|_| gone())?;
         }
         Ok(())
     }
@@ -179,8 +180,12 @@ impl Chain {
     /// Internal: a reader is gone; its own error is reported by itself.
     pub fn flush_blocking(&self, out: &mut Outgoing) -> Result<()> {
         for (at, shard, message) in out.drain(..) {
-            self.outlets[at].senders[shard].send_blocking(message)?;
+            self.outlets[at].senders[shard].blocking_send(message).map_err(|_| gone())?;
         }
         Ok(())
     }
+}
+
+fn gone() -> Error {
+    Error::internal("a task of the pipeline is gone")
 }

@@ -26,7 +26,6 @@ use crate::runtime::RunOptions;
 use crate::runtime::aside;
 use crate::runtime::building::is_instead;
 use crate::runtime::chain::{Chain, Outlet};
-use crate::runtime::channel::{Receiving, Sending, between};
 use crate::runtime::discovery::{Discovery, shard_of};
 #[cfg(feature = "delta")]
 use crate::runtime::history::floor;
@@ -53,17 +52,10 @@ use crate::runtime::upsert::UpsertTask;
 use crate::runtime::watermark::SourceClock;
 use crate::state::manifest::Manifest;
 use crate::stream::clock::Clock;
-use crate::stream::{Micros, Place, Positions, START_OF_TIME};
+use crate::stream::{Message, Micros, Place, Positions, START_OF_TIME};
 
-/// Whether a node writes files beside the stream.
-fn is_table(kind: &NodeKind) -> bool {
-    let NodeKind::Sink(sink) = kind else { return false };
-    match &sink.kind {
-        #[cfg(feature = "delta")]
-        SinkKind::Delta(_) => true,
-        other => matches!(other, SinkKind::Ndjson(_)),
-    }
-}
+/// Batches that wait in a channel: a few, so that a slow reader slows its writer down soon.
+const CHANNEL: usize = 4;
 
 /// What the coordinator needs to talk to the tasks.
 pub struct Tasks {
@@ -84,7 +76,7 @@ struct Graph<'a> {
     reports: Sender<Report>,
     durable: watch::Receiver<u64>,
     /// Receivers of a node that begins a task, by shard.
-    inboxes: BTreeMap<NodeId, Vec<Vec<Receiving>>>,
+    inboxes: BTreeMap<NodeId, Vec<Vec<Receiver<Message>>>>,
 }
 
 /// `durable`: the newest epoch whose manifest is published. A plan without source has letters alone.
@@ -171,17 +163,16 @@ impl Graph<'_> {
         for (reader, keys) in edges {
             let inboxes =
                 self.inboxes.entry(reader).or_insert_with(|| (0..shards).map(|_| Vec::new()).collect());
-            let deep = is_table(&self.plan.nodes[reader].kind);
             for (shard, outlets) in outlets.iter_mut().enumerate() {
                 let targets = if keys.is_some() { 0..shards } else { shard..shard + 1 };
                 let senders = targets
                     .map(|target| {
-                        let (sender, receiver) = between(deep);
+                        let (sender, receiver) = channel(CHANNEL);
                         inboxes[target].push(receiver);
                         sender
                     })
                     .collect::<Vec<_>>();
-                self.metrics.watch_queue(&self.plan.nodes[reader].id, senders.iter().map(Sending::sender));
+                self.metrics.watch_queue(&self.plan.nodes[reader].id, senders.iter());
                 outlets.push((reader, Outlet { senders, keys: keys.clone() }));
             }
         }

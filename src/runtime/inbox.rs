@@ -6,8 +6,9 @@
 use std::sync::Arc;
 use std::task::Poll;
 
+use tokio::sync::mpsc::Receiver;
+
 use crate::error::{Error, Result};
-use crate::runtime::channel::Receiving;
 use crate::stream::{Barrier, ChangeBatch, Message, Micros, Reached, START_OF_TIME};
 
 /// What a task sees of its inputs.
@@ -31,7 +32,7 @@ pub enum Event {
 
 #[derive(Debug)]
 struct Channel {
-    receiver: Receiving,
+    receiver: Receiver<Message>,
     watermark: Micros,
     /// The barrier it waits at.
     barrier: Option<Barrier>,
@@ -47,7 +48,7 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    pub fn new(receivers: Vec<Receiving>, watermark: Micros) -> Self {
+    pub fn new(receivers: Vec<Receiver<Message>>, watermark: Micros) -> Self {
         let open = |receiver| Channel { receiver, watermark: START_OF_TIME, barrier: None, closed: false };
         Self { channels: receivers.into_iter().map(open).collect(), watermark, turn: 0 }
     }
@@ -129,8 +130,9 @@ impl Inbox {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::mpsc::channel;
+
     use super::*;
-    use crate::runtime::channel::between;
 
     fn watermark(time: Micros) -> Message {
         Message::Watermark { time, reached: Arc::default() }
@@ -138,8 +140,8 @@ mod tests {
 
     #[tokio::test]
     async fn nothing_behind_a_barrier_is_read_before_the_others_bring_it() {
-        let (a, left) = between(true);
-        let (b, right) = between(true);
+        let (a, left) = channel(8);
+        let (b, right) = channel(8);
         let mut inbox = Inbox::new(vec![left, right], START_OF_TIME);
         let barrier = Barrier { epoch: 1, last: false };
         for message in [watermark(10), Message::Barrier(barrier), watermark(30)] {
@@ -168,8 +170,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_channel_that_ends_before_the_barrier_is_an_error() {
-        let (a, left) = between(true);
-        let (b, right) = between(true);
+        let (a, left) = channel(8);
+        let (b, right) = channel::<Message>(8);
         let mut inbox = Inbox::new(vec![left, right], START_OF_TIME);
         a.send(Message::Barrier(Barrier { epoch: 3, last: false })).await.unwrap();
         drop((a, b));

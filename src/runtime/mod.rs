@@ -8,7 +8,6 @@ mod aside;
 mod building;
 pub mod chain;
 pub mod changes;
-mod channel;
 mod compaction;
 pub mod coordinator;
 mod counts;
