@@ -150,11 +150,7 @@ pub async fn begin(plan: &StreamPlan, world: &mut World, options: &RunOptions) -
     let known = inner.building.as_ref().map(|building| building.stand_ins.clone()).unwrap_or_default();
     let locations = tables::stand_in(&mut part, &rebuilt, &known, manifest.generation);
     let since = inner.building.as_ref().map_or(world.claimed, |building| building.since);
-    let names = part.nodes.iter().filter(|node| is_instead(&node.id)).filter_map(|node| match &node.kind {
-        NodeKind::Sink(sink) => Some(sink.name.clone()),
-        kind => kind.view().map(str::to_owned),
-    });
-    let (rebuilt, stand_ins) = (names.collect(), targets(&part, locations));
+    let (rebuilt, stand_ins) = (names_of(plan, world, &wanted), targets(&part, locations));
     let base = Base { manifest: world.manifest.clone(), stand_ins, since, rebuilt };
     let inner = Manifest { building: None, ..inner };
     let world = part_world(plan, &part, world, (inner, &manifest), beginning).await?;
@@ -313,10 +309,8 @@ fn say(plan: &StreamPlan, sinks: &[NodeId]) {
 /// What the new sinks need; what the state has too gets ids of its own.
 fn part_of(plan: &StreamPlan, wanted: &[NodeId], rebuilt: &[NodeId], manifest: &Manifest) -> StreamPlan {
     let mut part = plan.only(wanted);
-    let stay: Vec<NodeId> =
-        plan.sinks().map(|(node, _)| node).filter(|node| !wanted.contains(node)).collect();
-    let kept = plan.only(&stay);
-    let kept: BTreeSet<&str> = kept.nodes.iter().map(|node| node.id.as_str()).collect();
+    let ids = |plan: StreamPlan| plan.nodes.into_iter().map(|node| node.id).collect::<BTreeSet<String>>();
+    let (kept, rebuilding) = (ids(kept_of(plan, wanted)), ids(plan.only(rebuilt)));
     let is_other = |id: NodeId| {
         let node = &part.nodes[id];
         match &node.kind {
@@ -325,7 +319,10 @@ fn part_of(plan: &StreamPlan, wanted: &[NodeId], rebuilt: &[NodeId], manifest: &
             _ => match manifest.fingerprints.get(&node.id) {
                 Some(known) => !part.means(id, known),
                 // Without state it means what it now is, unless a sink that stays reads it too.
-                None => manifest.nodes.contains_key(&node.id) && !kept.contains(node.id.as_str()),
+                None => {
+                    let is_known = manifest.nodes.contains_key(&node.id);
+                    is_known && rebuilding.contains(&node.id) && !kept.contains(&node.id)
+                }
             },
         }
     };
@@ -339,6 +336,24 @@ fn part_of(plan: &StreamPlan, wanted: &[NodeId], rebuilt: &[NodeId], manifest: &
         }
     }
     part
+}
+
+/// What the sinks read that stay as they are.
+fn kept_of(plan: &StreamPlan, wanted: &[NodeId]) -> StreamPlan {
+    let stay: Vec<NodeId> =
+        plan.sinks().map(|(node, _)| node).filter(|node| !wanted.contains(node)).collect();
+    plan.only(&stay)
+}
+
+/// The rebuilt sinks, and the views that they read and no sink that stays does: as dead letters name them.
+fn names_of(plan: &StreamPlan, world: &World, wanted: &[NodeId]) -> BTreeSet<String> {
+    let name = |node: Node| match node.kind {
+        NodeKind::Sink(sink) => Some(sink.name),
+        kind => kind.view().map(str::to_owned),
+    };
+    let names = |plan: StreamPlan| plan.nodes.into_iter().filter_map(name).collect::<BTreeSet<String>>();
+    let kept = names(kept_of(plan, wanted));
+    names(plan.only(&world.unlike.rebuilt)).into_iter().filter(|name| !kept.contains(name)).collect()
 }
 
 /// The manifest as the part sees it: from the beginning, or where an earlier start had come to with the same SQL.

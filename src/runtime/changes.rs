@@ -199,7 +199,7 @@ fn refused(plan: &StreamPlan, compared: &Comparison, latest: &Manifest, rebuild:
         return Some(Error::user(message).hint(hint));
     }
     match refusal {
-        None if rebuild || is_begun(plan, compared, latest) => return None,
+        None if rebuild && !compared.differ.is_empty() || is_begun(plan, compared, latest) => return None,
         None => hint = format!("{REBUILD} {hint}"),
         Some((node, why)) if rebuild => {
             let message = format!("sink {} cannot be rebuilt in its place: {why}", plan.nodes[node].id);

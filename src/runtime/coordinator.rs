@@ -334,9 +334,12 @@ impl Coordinator {
         // Sources have counted theirs.
         self.metrics.bury(&dead);
         gathered.sources.iter_mut().for_each(|part| dead.append(&mut part.dead));
-        // Of a view that runs a second time they are known.
-        let twice = self.plan.nodes.iter().filter(|node| building::is_twice(&node.id));
-        let twice: BTreeSet<&str> = twice.filter_map(|node| node.kind.view()).collect();
+        // Of a view that runs a second time they are known, unless something of it is new.
+        let (twice, new): (Vec<_>, Vec<_>) =
+            self.plan.nodes.iter().partition(|node| building::is_twice(&node.id));
+        let new: BTreeSet<&str> = new.iter().filter_map(|node| node.kind.view()).collect();
+        let known = |view: &&str| !new.contains(view);
+        let twice: BTreeSet<&str> = twice.iter().filter_map(|node| node.kind.view()).filter(known).collect();
         dead.retain(|letter| !twice.contains(letter.at.as_ref()));
         dead
     }

@@ -296,7 +296,9 @@ impl Graph<'_> {
                 }
                 SinkKind::Online { ttl_micros, .. } => {
                     let mut newest = Newest::new(Arc::clone(&sink.schema), sink.key.clone(), *ttl_micros)?;
-                    if is_instead(&self.plan.nodes[node].id) {
+                    // Also when the pipeline goes on: then its rows are written for the first time.
+                    let was_rebuilt = self.world.manifest.rebuilt.contains_key(&sink.name);
+                    if was_rebuilt || is_instead(&self.plan.nodes[node].id) {
                         newest.take_over();
                     }
                     newest.bury(&served.shards[shard])?;
