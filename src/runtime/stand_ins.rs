@@ -2,12 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use object_store::ObjectStoreExt;
-use object_store::path::Path;
-
+use crate::connectors::delta::store::{missing, paths};
 use crate::connectors::delta::swap;
 use crate::connectors::files::open_existing;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::plan::{NodeKind, SinkKind, SinkPlan, StreamPlan};
 use crate::runtime::tables::is_committed;
 use crate::state::manifest::{Manifest, PreparedCommit};
@@ -64,20 +62,8 @@ pub async fn all_there(stand_ins: &BTreeMap<String, String>, manifest: &Manifest
 
 async fn are_prepared(commit: &PreparedCommit) -> Result<bool> {
     let Some(located) = open_existing(&commit.location)? else { return Ok(false) };
-    for file in &commit.files {
-        let path = Path::parse(&file.path)
-            .map_err(|error| Error::internal(format!("{} is no path", file.path)).because(error))?;
-        match located.store.head(&path).await {
-            Ok(_) => {}
-            Err(object_store::Error::NotFound { .. }) => return Ok(false),
-            Err(error) => {
-                return Err(
-                    Error::external(format!("{}/{} failed", commit.location, file.path)).because(error)
-                );
-            }
-        }
-    }
-    Ok(true)
+    let files = paths(commit.files.iter().map(|file| &file.path))?;
+    Ok(missing(&located, &commit.location, files).await?.is_empty())
 }
 
 /// Forgets the tables of a rebuild that is left.

@@ -19,14 +19,13 @@ use deltalake_core::kernel::transaction::TransactionError;
 use deltalake_core::kernel::{Metadata, MetadataExt, StructField, StructType};
 use deltalake_core::logstore::{CommitOrBytes, LogStoreRef, commit_uri_from_version};
 use deltalake_core::{DeltaTable, DeltaTableError};
-use futures::{StreamExt, TryStreamExt};
 use object_store::{ObjectStoreExt, path::Path};
 
 use super::PreparedFile;
 use super::config::{DeltaConfig, Mode};
 use super::log::{commit_entry, create_entry, metadata_entry, read_entry, transactions};
 use super::schema::{check_features, missing_columns};
-use super::store::{failed, table};
+use super::store::{failed, missing, paths, table};
 use super::upsert;
 use crate::connectors::files::{Located, open, probe};
 use crate::connectors::patient::is_full;
@@ -42,8 +41,6 @@ const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 /// Others that may be ahead of us in one attempt before it counts as failed.
 const MAX_OVERTAKEN: u32 = 100;
-/// Requests at the same time when prepared files are looked up.
-const HEADS: usize = 16;
 
 /// What a commit covers besides its files; written as transaction actions.
 #[derive(Debug, Clone, Default)]
@@ -516,17 +513,8 @@ impl DeltaCommitter {
     /// # Errors
     /// External: the store failed.
     pub async fn missing_files(&self, files: &[PreparedFile]) -> Result<Vec<String>> {
-        let heads = files.iter().map(|file| async move {
-            let path = Path::parse(&file.path)
-                .map_err(|e| Error::internal(format!("{} is no path", file.path)).because(e))?;
-            match self.located.store.head(&path).await {
-                Ok(_) => Ok(None),
-                Err(object_store::Error::NotFound { .. }) => Ok(Some(file.path.clone())),
-                Err(error) => Err(failed(&self.config.location, error.into())),
-            }
-        });
-        let found: Vec<Option<String>> = futures::stream::iter(heads).buffered(HEADS).try_collect().await?;
-        Ok(found.into_iter().flatten().collect())
+        let gone = missing(&self.located, &self.config.location, paths(files.iter().map(|file| &file.path))?);
+        Ok(gone.await?.iter().map(Path::to_string).collect())
     }
 
     /// Writes a checkpoint of the newest version, for readers. Slow and off the commit path; see

@@ -7,11 +7,15 @@ use deltalake_core::logstore::{
     logstore_factories, object_store_factories,
 };
 use deltalake_core::{DeltaResult, DeltaTable, DeltaTableBuilder, DeltaTableError};
-use object_store::path::Path;
+use futures::{StreamExt, TryStreamExt};
+use object_store::{ObjectStoreExt, path::Path};
 use url::Url;
 
 use crate::connectors::files::{self, Located};
 use crate::error::{Error, Result};
+
+/// Requests at the same time when files are looked up.
+const HEADS: usize = 16;
 
 #[derive(Debug, Default)]
 struct S3;
@@ -71,4 +75,31 @@ fn of(location: &str, located: Located) -> Result<DeltaTable> {
 /// An external error that names the table.
 pub fn failed(location: &str, error: DeltaTableError) -> Error {
     Error::external(format!("the Delta table {location} failed")).because(error)
+}
+
+/// Which of some files of a table are gone.
+///
+/// # Errors
+/// External: the store failed.
+pub async fn missing(located: &Located, location: &str, paths: Vec<Path>) -> Result<Vec<Path>> {
+    let heads = paths.into_iter().map(|path| async move {
+        match located.store.head(&path).await {
+            Ok(_) => Ok(None),
+            Err(object_store::Error::NotFound { .. }) => Ok(Some(path)),
+            Err(error) => Err(failed(location, error.into())),
+        }
+    });
+    let found: Vec<Option<Path>> = futures::stream::iter(heads).buffered(HEADS).try_collect().await?;
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// Paths of prepared files.
+///
+/// # Errors
+/// Internal: a name that is no path.
+pub fn paths<'n>(names: impl Iterator<Item = &'n String>) -> Result<Vec<Path>> {
+    let parsed = names.map(|name| {
+        Path::parse(name).map_err(|error| Error::internal(format!("{name} is no path")).because(error))
+    });
+    parsed.collect()
 }

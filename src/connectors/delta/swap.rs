@@ -23,7 +23,7 @@ use bytes::Bytes;
 use deltalake_core::DeltaTable;
 use deltalake_core::kernel::transaction::TransactionError;
 use deltalake_core::logstore::CommitOrBytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 use object_store::{ObjectStoreExt, path::Path};
 use serde_json::{Value, json};
 
@@ -33,7 +33,7 @@ use super::ledger::VOID;
 use super::log::transactions;
 use super::replace::{ENGINE, look, remove};
 use super::schema::check_features;
-use super::store::{existing_table, failed};
+use super::store::{existing_table, failed, missing};
 use crate::connectors::files::open_existing;
 use crate::error::{Error, Result};
 use crate::stream::clock::Clock;
@@ -41,8 +41,6 @@ use crate::stream::{START_OF_TIME, crash};
 
 /// Others that may come first before this counts as failed.
 const MAX_OVERTAKEN: u32 = 100;
-/// Requests at the same time when files are looked up.
-const HEADS: usize = 16;
 
 /// Where the rows of a table are built that are to replace those of the table at `location`; each `generation` has its own.
 pub fn stand_in(location: &str, generation: u64) -> String {
@@ -86,7 +84,7 @@ impl Swap<'_> {
             }
             let version = table.version().map_or(0, |at| at + 1);
             let entry = self.entry((&table, &txns), &built, epoch, progress)?;
-            if !self.is_whole(&built).await? {
+            if !are_there(self.stand_in, &built).await? {
                 return Ok(None);
             }
             crash::point("swap.before");
@@ -117,10 +115,6 @@ impl Swap<'_> {
     fn gone(&self) -> Error {
         let message = format!("the Delta table {} is gone", self.location);
         Error::external(message).hint("Bring it back, or start the pipeline under a new state.")
-    }
-
-    async fn is_whole(&self, built: &Built) -> Result<bool> {
-        are_there(self.stand_in, built).await
     }
 
     fn entry(
@@ -257,20 +251,11 @@ async fn built(stand_in: &str) -> Result<Option<Built>> {
 
 async fn are_there(stand_in: &str, built: &Built) -> Result<bool> {
     let Some(located) = open_existing(stand_in)? else { return Ok(false) };
-    let heads = built.adds.keys().map(|path| {
-        let store = &located.store;
-        async move {
-            let path = Path::from_url_path(path)
-                .map_err(|error| Error::external(format!("{path} is no path")).because(error))?;
-            match store.head(&path).await {
-                Ok(_) => Ok(true),
-                Err(object_store::Error::NotFound { .. }) => Ok(false),
-                Err(error) => Err(failed(stand_in, error.into())),
-            }
-        }
+    let decoded = built.adds.keys().map(|path| {
+        Path::from_url_path(path)
+            .map_err(|error| Error::external(format!("{path} is no path")).because(error))
     });
-    let found: Vec<bool> = futures::stream::iter(heads).buffered(HEADS).try_collect().await?;
-    Ok(found.into_iter().all(|found| found))
+    Ok(missing(&located, stand_in, decoded.collect::<Result<_>>()?).await?.is_empty())
 }
 
 /// The newest version of a stand-in.
