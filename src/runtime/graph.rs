@@ -27,6 +27,7 @@ use crate::runtime::aside;
 use crate::runtime::building::is_instead;
 use crate::runtime::chain::{Chain, Outlet};
 use crate::runtime::discovery::{Discovery, shard_of};
+use crate::runtime::gather::Gather;
 #[cfg(feature = "delta")]
 use crate::runtime::history::floor;
 use crate::runtime::inbox::Inbox;
@@ -56,6 +57,8 @@ use crate::stream::{Message, Micros, Place, Positions, START_OF_TIME};
 
 /// Batches that wait in a channel: a few, so that a slow reader slows its writer down soon.
 const CHANNEL: usize = 4;
+/// Gathered batches that wait for who writes them.
+const GATHERED: usize = 2;
 
 /// What the coordinator needs to talk to the tasks.
 pub struct Tasks {
@@ -205,6 +208,15 @@ impl Graph<'_> {
         aside::spawn(watched(self.reports.clone(), task));
     }
 
+    /// The input of a task aside, in large batches.
+    fn gathered(&self, node: NodeId, inbox: Inbox) -> Inbox {
+        let (sender, receiver) = channel(GATHERED);
+        self.metrics.watch_queue(&self.plan.nodes[node].id, std::iter::once(&sender));
+        let watermark = inbox.watermark();
+        self.run(Gather::new(inbox, sender).run());
+        Inbox::new(vec![receiver], watermark)
+    }
+
     /// Runs one shard of a stage.
     fn stage(&self, node: NodeId, shard: usize, operator: impl Operate, inbox: Inbox, chain: Chain) {
         let (reports, saver) = (self.reports.clone(), self.saver(node, shard));
@@ -292,6 +304,7 @@ impl Graph<'_> {
                 SinkKind::Delta(config) => self.spawn_table(node, shard, sink, config, inbox)?,
                 SinkKind::Ndjson(config) => {
                     let writer = NdjsonWriter::open(config.clone(), self.world.manifest.generation, shard)?;
+                    let inbox = self.gathered(node, inbox);
                     self.run_aside(NdjsonTask { node, writer, inbox, reports, metrics }.run());
                 }
                 SinkKind::Online { ttl_micros, .. } => {
@@ -366,6 +379,7 @@ impl Graph<'_> {
         let writer = DeltaWriter::new(config.clone(), &config.stored_rows(&sink.schema)?, tag)?;
         let (config, epoch) = (config.clone(), self.world.manifest.epoch + 1);
         let floor = floor(&self.plan, node, self.world.history.as_ref());
+        let inbox = self.gathered(node, inbox);
         self.run_aside(DeltaTask { node, config, writer, epoch, floor, inbox, reports, metrics }.run());
         Ok(())
     }

@@ -14,6 +14,7 @@ mod counts;
 mod discovery;
 mod flushed;
 pub mod freshness;
+mod gather;
 mod graph;
 mod grouped;
 #[cfg(feature = "delta")]

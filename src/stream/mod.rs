@@ -175,12 +175,21 @@ impl ChangeBatch {
         Self { rows, weights: self.weights.clone(), origin: self.origin.clone() }
     }
 
-    /// Joins append-only batches of one schema.
+    /// Joins batches of one schema.
     pub fn concat(schema: &SchemaRef, parts: &[ChangeBatch]) -> Result<Self, ArrowError> {
-        debug_assert!(parts.iter().all(|part| part.weights.is_none()));
         let rows = concat_batches(schema, parts.iter().map(|part| &part.rows))?;
         let origins: Vec<&Origin> = parts.iter().map(|part| &part.origin).collect();
-        Ok(Self::append(rows, Origin::concat(&origins)))
+        let weights = parts.iter().any(|part| part.weights.is_some()).then(|| {
+            let mut all = Vec::with_capacity(rows.num_rows());
+            for part in parts {
+                match &part.weights {
+                    Some(weights) => all.extend_from_slice(weights.values()),
+                    None => all.resize(all.len() + part.num_rows(), 1),
+                }
+            }
+            Int64Array::from(all)
+        });
+        Ok(Self { rows, weights, origin: Origin::concat(&origins) })
     }
 }
 
