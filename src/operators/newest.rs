@@ -32,6 +32,7 @@
 
 mod bury;
 mod keys;
+mod snapshot;
 
 #[cfg(test)]
 mod tests;
@@ -39,16 +40,18 @@ mod tests;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, AsArray, BooleanArray, Int64Array, RecordBatch, UInt32Array};
+use arrow::array::{ArrayRef, Int64Array, RecordBatch, UInt32Array};
 use arrow::compute::take_record_batch;
-use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
+use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::state::files::DELETED;
-use crate::stream::{ChangeBatch, Micros, Origin};
+use crate::stream::{ChangeBatch, Micros};
 
+use super::ahead::{BLOCK, look};
 use super::slots::{Chunks, Pointer};
 use keys::{Keys, NO_SLOT};
+pub use snapshot::NewestCut;
 
 /// Names of the columns that [`Newest::snapshot`] adds behind the row's own.
 pub const SNAPSHOT_COLUMNS: [&str; 5] = ["__time", "__place", "__offset", "__dirty", DELETED];
@@ -210,6 +213,10 @@ impl Newest {
         let nulls = self.intern(&batch.rows)?;
         let skip = |row: usize| batch.weights.as_ref().is_some_and(|weights| weights.value(row) <= 0);
         for row in 0..batch.num_rows() {
+            if row % BLOCK == 0 {
+                let end = batch.num_rows().min(row + BLOCK);
+                self.look(&self.row_slots[row..end]);
+            }
             let slot = self.row_slots[row];
             if slot == NO_SLOT || skip(row) {
                 continue;
@@ -231,6 +238,13 @@ impl Newest {
         Ok(nulls)
     }
 
+    /// Looks at what the slots of some rows point to.
+    fn look(&self, slots: &[u32]) {
+        // A row without a key has no slot.
+        look(slots, |slot| self.at.get(slot).map_or(0, |at| usize::from(at.is_vacant())));
+        look(slots, |slot| self.slots.get(slot).map_or(0, |state| state.version as usize));
+    }
+
     /// Deletes the keys of rows with negative weights that got no row from the batch in hand.
     fn take_away(&mut self, batch: &ChangeBatch, weights: &Int64Array) {
         for (row, weight) in weights.values().iter().enumerate() {
@@ -250,39 +264,6 @@ impl Newest {
     pub fn rows_without_key(&self) -> impl Iterator<Item = usize> + '_ {
         let without = self.row_slots.iter().enumerate().filter(|(_, slot)| **slot == NO_SLOT);
         without.map(|(row, _)| row)
-    }
-
-    /// Puts back what snapshots hold. Later batches win, whatever their order keys say: they are later states of the
-    /// same table. Dirty marks are as stored.
-    ///
-    /// # Errors
-    /// Internal: a batch whose columns are not those of a snapshot of this table.
-    pub fn restore(&mut self, batches: &[RecordBatch]) -> Result<()> {
-        for batch in batches {
-            let (rows, origin, dirty, deleted) = self.split_snapshot(batch)?;
-            self.intern(&rows)?;
-            for row in 0..rows.num_rows() {
-                let slot = self.row_slots[row];
-                if slot != NO_SLOT {
-                    self.replace(slot, row, origin.key(row));
-                    // Remembered in `queued` only until the rows are placed, when `mark` sets both properly.
-                    self.set_clean(slot);
-                    self.slots[slot as usize].queued = dirty.value(row);
-                    self.slots[slot as usize].deleted = deleted.value(row);
-                }
-            }
-            let touched = self.place_touched(&rows)?;
-            for &slot in &touched {
-                let was_dirty = std::mem::take(&mut self.slots[slot as usize].queued);
-                self.mark(slot, was_dirty, false);
-            }
-            self.touched = touched;
-            self.touched.clear();
-        }
-        self.forget_deleted(&(0..self.slots.len() as u32).collect::<Vec<_>>());
-        self.chunks.settle(&mut self.at)?;
-        self.rebuild_queue();
-        Ok(())
     }
 
     /// Hands out at most `max` dirty rows that are not under way, oldest mark first; `None` when there is none.
@@ -389,83 +370,6 @@ impl Newest {
             self.chunks.settle(&mut self.at)?;
         }
         Ok(before - self.live)
-    }
-
-    /// The rows changed since the last snapshot, with [`SNAPSHOT_COLUMNS`] behind their own; `None` when none did.
-    /// In no particular order.
-    ///
-    /// # Errors
-    /// Internal, from arrow.
-    pub fn snapshot(&mut self) -> Result<Option<RecordBatch>> {
-        let changed = std::mem::take(&mut self.changed);
-        let mut slots = Vec::with_capacity(changed.len());
-        for slot in changed {
-            let was_changed = std::mem::take(&mut self.slots[slot as usize].changed);
-            if was_changed && !self.at[slot as usize].is_vacant() {
-                slots.push(slot);
-            }
-        }
-        let snapshot = self.snapshot_of(&slots)?;
-        self.forget_deleted(&slots);
-        self.chunks.settle(&mut self.at)?;
-        Ok(snapshot)
-    }
-
-    /// All rows, as [`Newest::snapshot`] gives them; does not count as a snapshot.
-    ///
-    /// # Errors
-    /// Internal, from arrow.
-    pub fn full_snapshot(&self) -> Result<Option<RecordBatch>> {
-        let live = |slot: &u32| !self.at[*slot as usize].is_vacant();
-        self.snapshot_of(&(0..self.slots.len() as u32).filter(live).collect::<Vec<_>>())
-    }
-
-    /// Drops the slots whose deletion the store has acknowledged.
-    fn forget_deleted(&mut self, slots: &[u32]) {
-        for &slot in slots {
-            let Slot { deleted, dirty, .. } = self.slots[slot as usize];
-            if deleted && !dirty && !self.at[slot as usize].is_vacant() {
-                self.drop_slot(slot);
-            }
-        }
-    }
-
-    fn snapshot_of(&self, slots: &[u32]) -> Result<Option<RecordBatch>> {
-        if slots.is_empty() {
-            return Ok(None);
-        }
-        let rows = self.chunks.gather(slots.iter().map(|&slot| self.at[slot as usize]))?;
-        let column = |of: fn(&Slot) -> i64| -> ArrayRef {
-            let values = slots.iter().map(|&slot| of(&self.slots[slot as usize]));
-            Arc::new(Int64Array::from(values.collect::<Vec<_>>()))
-        };
-        let flag = |of: fn(&Slot) -> bool| -> ArrayRef {
-            let values = slots.iter().map(|&slot| of(&self.slots[slot as usize]));
-            Arc::new(BooleanArray::from(values.collect::<Vec<_>>()))
-        };
-        let mut columns = rows.columns().to_vec();
-        columns.extend([column(|s| s.time), column(|s| s.place), column(|s| s.offset)]);
-        columns.extend([flag(|s| s.dirty), flag(|s| s.deleted)]);
-        Ok(Some(RecordBatch::try_new(self.snapshot_schema.clone(), columns)?))
-    }
-
-    /// Rows, order keys, dirty and deleted marks.
-    fn split_snapshot(
-        &self,
-        batch: &RecordBatch,
-    ) -> Result<(RecordBatch, Origin, BooleanArray, BooleanArray)> {
-        let wrong = || Error::internal("a snapshot of newest rows has other columns than its table");
-        let types_of =
-            |schema: &Schema| schema.fields().iter().map(|f| f.data_type().clone()).collect::<Vec<_>>();
-        if types_of(batch.schema_ref()) != types_of(&self.snapshot_schema) {
-            return Err(wrong());
-        }
-        let width = self.schema.fields().len();
-        let rows = RecordBatch::try_new(self.schema.clone(), batch.columns()[..width].to_vec())?;
-        let int64 = |column: usize| batch.column(column).as_primitive::<Int64Type>().clone();
-        let origin = Origin { time: int64(width), place: int64(width + 1), offset: int64(width + 2) };
-        let flags = |column: usize| batch.column(column).as_boolean().clone();
-        Ok((rows, origin, flags(width + 3), flags(width + 4)))
     }
 
     /// Fills `row_slots`; returns the number of rows with a NULL key.

@@ -104,12 +104,17 @@ impl Chunks {
         &self,
         pointers: impl Iterator<Item = Pointer>,
     ) -> Result<RecordBatch> {
-        let indices: Vec<(usize, usize)> = pointers.map(|at| (at.chunk as usize, at.row as usize)).collect();
-        if indices.is_empty() {
-            return Ok(RecordBatch::new_empty(self.schema.clone()));
-        }
         let batches: Vec<&RecordBatch> = self.chunks.iter().map(|chunk| &chunk.rows).collect();
-        Ok(interleave_record_batch(&batches, &indices)?)
+        interleaved(&self.schema, &batches, &indices(pointers))
+    }
+
+    /// The same rows, to be put together later and elsewhere.
+    pub(in crate::operators) fn pick(&self, pointers: impl Iterator<Item = Pointer>) -> Picked {
+        Picked {
+            schema: self.schema.clone(),
+            batches: self.chunks.iter().map(|chunk| chunk.rows.clone()).collect(),
+            indices: indices(pointers),
+        }
     }
 
     /// Merges and rewrites until the number of chunks and the garbage are within their bounds.
@@ -157,6 +162,37 @@ impl Chunks {
         let rows = without_shared_buffers(self.gather(pointers.into_iter())?)?;
         Ok((rows, owners))
     }
+}
+
+/// Rows that were picked, with the chunks that they lie in: whatever becomes of their slots, they stay as they were.
+#[derive(Debug)]
+pub(in crate::operators) struct Picked {
+    schema: SchemaRef,
+    batches: Vec<RecordBatch>,
+    indices: Vec<(usize, usize)>,
+}
+
+impl Picked {
+    /// # Errors
+    /// Internal, from arrow.
+    pub(in crate::operators) fn gather(self) -> Result<RecordBatch> {
+        interleaved(&self.schema, &self.batches.iter().collect::<Vec<_>>(), &self.indices)
+    }
+}
+
+fn indices(pointers: impl Iterator<Item = Pointer>) -> Vec<(usize, usize)> {
+    pointers.map(|at| (at.chunk as usize, at.row as usize)).collect()
+}
+
+fn interleaved(
+    schema: &SchemaRef,
+    batches: &[&RecordBatch],
+    indices: &[(usize, usize)],
+) -> Result<RecordBatch> {
+    if indices.is_empty() {
+        return Ok(RecordBatch::new_empty(schema.clone()));
+    }
+    Ok(interleave_record_batch(batches, indices)?)
 }
 
 fn point(chunk: u32, owners: &[u32], at: &mut [Pointer]) {

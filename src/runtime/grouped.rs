@@ -23,7 +23,11 @@ impl Operate for Panes {
     fn save(&mut self, epoch: u64) -> Result<(Vec<Piece>, StatePart)> {
         let full = epoch.is_multiple_of(FULL_EVERY);
         let rows = self.snapshot(full)?;
-        let piece = rows.map(|rows| Piece { kind: "groups", keys: self.key_columns(&rows), rows });
+        let piece = rows.map(|rows| Piece {
+            kind: "groups",
+            keys: self.key_columns().to_vec(),
+            gather: Box::new(|| Ok(Some(rows))),
+        });
         let part = StatePart { watermark: self.watermark(), full, ..StatePart::default() };
         Ok((piece.into_iter().collect(), part))
     }

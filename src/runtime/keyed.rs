@@ -6,7 +6,7 @@ use arrow::array::{ArrayRef, RecordBatch};
 use tokio::sync::mpsc::Sender;
 
 use crate::error::Result;
-use crate::operators::over::Over;
+use crate::operators::over::{Over, OverCut};
 use crate::plan::NodeId;
 use crate::runtime::counts::Count;
 use crate::runtime::report::{Report, StatePart, behind};
@@ -30,12 +30,16 @@ pub struct Saver {
     pub shard: usize,
 }
 
-/// Rows of a state file to be written.
+/// A state file to be written.
 pub struct Piece {
     pub kind: &'static str,
-    pub rows: RecordBatch,
-    pub keys: Vec<ArrayRef>,
+    /// Its key columns.
+    pub keys: Vec<usize>,
+    /// Puts its rows together; `None`: there is nothing to write. Aside, as rows wait for the task that cuts.
+    pub gather: Gather,
 }
+
+pub type Gather = Box<dyn FnOnce() -> Result<Option<RecordBatch>> + Send>;
 
 impl Saver {
     /// Writes the state files of an epoch and reports the part, in the background.
@@ -49,8 +53,10 @@ impl Saver {
     ) {
         let saver = self.clone();
         behind(reports, async move {
-            for Piece { kind, rows, keys } in pieces {
-                part.files.push(saver.save(kind, epoch, &rows, &keys).await?);
+            for Piece { kind, keys, gather } in pieces {
+                if let Some(rows) = gather()?.filter(|rows| rows.num_rows() > 0) {
+                    part.files.push(saver.save(kind, epoch, &rows, &keys).await?);
+                }
             }
             Ok(Report::State { node, epoch, part })
         });
@@ -60,15 +66,10 @@ impl Saver {
     ///
     /// # Errors
     /// External: the state store failed.
-    async fn save(
-        &self,
-        kind: &str,
-        epoch: u64,
-        batch: &RecordBatch,
-        keys: &[ArrayRef],
-    ) -> Result<StateFile> {
+    async fn save(&self, kind: &str, epoch: u64, batch: &RecordBatch, keys: &[usize]) -> Result<StateFile> {
+        let keys: Vec<ArrayRef> = keys.iter().map(|key| Arc::clone(batch.column(*key))).collect();
         let mut hashes = Vec::new();
-        hash_keys(keys, batch.num_rows(), &mut hashes)?;
+        hash_keys(&keys, batch.num_rows(), &mut hashes)?;
         let times = times_of(batch);
         let bytes = encode(&sort_by_group(batch, &hashes)?)?;
         let path = file_name(&self.node, kind, self.generation, epoch, self.shard);
@@ -105,14 +106,11 @@ impl Operate for Over {
         if full {
             self.mark_all_dirty();
         }
-        let snapshot = self.snapshot()?;
-        let mut pieces = Vec::new();
-        if let Some(rows) = snapshot.rows {
-            pieces.push(Piece { kind: "rows", keys: self.key_columns(&rows, true), rows });
-        }
-        if let Some(rows) = snapshot.keys {
-            pieces.push(Piece { kind: "keys", keys: self.key_columns(&rows, false), rows });
-        }
+        let OverCut { rows, keys } = self.cut()?;
+        let pieces = vec![
+            Piece { kind: "rows", keys: self.key_columns(true), gather: Box::new(|| rows.gather()) },
+            Piece { kind: "keys", keys: self.key_columns(false), gather: Box::new(|| keys.gather()) },
+        ];
         let (watermark, horizon) = (self.watermark(), self.horizon());
         Ok((pieces, StatePart { watermark, horizon, full, ..StatePart::default() }))
     }

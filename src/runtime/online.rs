@@ -521,11 +521,12 @@ impl OnlineTask {
             self.newest.expire(self.flushes.watermark)?;
         }
         let full = epoch.is_multiple_of(FULL_EVERY);
-        let changed = self.newest.snapshot()?;
-        let rows = if full { self.newest.full_snapshot()? } else { changed };
-        let piece = rows.filter(|rows| rows.num_rows() > 0).map(|rows| {
-            let keys = self.key.iter().map(|key| Arc::clone(rows.column(*key))).collect();
-            Piece { kind: "newest", rows, keys }
+        let changed = self.newest.cut()?;
+        let cut = if full { self.newest.full_cut() } else { changed };
+        let piece = cut.map(|cut| Piece {
+            kind: "newest",
+            keys: self.key.clone(),
+            gather: Box::new(|| cut.gather().map(Some)),
         });
         let anew = self.fence == Fence::Lost;
         if anew {

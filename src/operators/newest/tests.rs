@@ -6,7 +6,7 @@ use std::sync::Arc;
 use arrow::array::{Array, AsArray, Int64Array, RecordBatch, StringArray, StringViewArray};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 
-use super::{DirtyBatch, Newest, SNAPSHOT_COLUMNS};
+use super::{DirtyBatch, Newest, NewestCut, SNAPSHOT_COLUMNS};
 use crate::stream::dice::Dice;
 use crate::stream::{ChangeBatch, Origin};
 
@@ -104,6 +104,8 @@ fn any_cut_of_pushes_flushes_and_restarts_ends_at_the_newest_row_per_key() {
         let mut store: BTreeMap<Key, String> = BTreeMap::new();
         let mut under_way: Vec<DirtyBatch> = Vec::new();
         let mut snapshots: Vec<RecordBatch> = Vec::new();
+        // Put together only when they are read: the table has gone on by then.
+        let mut cuts: Vec<NewestCut> = Vec::new();
         let mut since_snapshot: Vec<Vec<Row>> = Vec::new();
         for round in 0..120 {
             let count = 1 + dice.roll(if seed % 2 == 0 { 8 } else { 400 });
@@ -120,7 +122,7 @@ fn any_cut_of_pushes_flushes_and_restarts_ends_at_the_newest_row_per_key() {
                 }
                 4 => under_way.drain(..).for_each(|dirty| newest.give_back(&dirty)),
                 5 => {
-                    snapshots.extend(newest.snapshot().unwrap());
+                    cuts.extend(newest.cut().unwrap());
                     since_snapshot.clear();
                 }
                 6 if dice.roll(4) == 0 => {
@@ -128,12 +130,13 @@ fn any_cut_of_pushes_flushes_and_restarts_ends_at_the_newest_row_per_key() {
                     under_way.clear();
                     newest.mark_all_dirty();
                     assert_eq!(newest.dirty_len(), newest.len());
-                    snapshots.extend(newest.snapshot().unwrap());
+                    cuts.extend(newest.cut().unwrap());
                     since_snapshot.clear();
                 }
                 7 if dice.roll(4) == 0 => {
                     under_way.clear();
                     newest = table(None);
+                    snapshots.extend(cuts.drain(..).map(|cut| cut.gather().unwrap()));
                     newest.restore(&snapshots).unwrap();
                     for rows in &since_snapshot {
                         newest.push(&batch(rows)).unwrap();
@@ -143,7 +146,7 @@ fn any_cut_of_pushes_flushes_and_restarts_ends_at_the_newest_row_per_key() {
             }
             assert_eq!(newest.len(), oracle.0.len());
         }
-        let full = newest.full_snapshot().unwrap().unwrap();
+        let full = newest.full_cut().unwrap().gather().unwrap();
         assert_eq!(content(&full).into_iter().collect::<BTreeMap<_, _>>(), oracle.values());
         under_way.iter().for_each(|dirty| newest.give_back(dirty));
         flush_all(&mut newest, &mut store, 37);
@@ -228,8 +231,7 @@ fn rows_expire_by_watermark_within_a_64th_of_the_ttl() {
             watermark += dice.roll(40) as i64;
             let before = newest.len();
             assert_eq!(newest.expire(watermark).unwrap(), before - newest.len());
-            let held: BTreeMap<Key, String> =
-                newest.full_snapshot().unwrap().iter().flat_map(content).collect();
+            let held: BTreeMap<Key, String> = full(&newest).iter().flat_map(content).collect();
             // The table may have dropped the kept row; then an older push can be the newest again. So the oracle
             // forgets what the table forgot, and the table may forget only what has expired.
             oracle.0.retain(|key, (order, _)| {
@@ -333,7 +335,7 @@ fn deletions_reach_the_store_and_survive_restarts() {
             if dice.roll(4) == 0 {
                 saved.extend(newest.snapshot().unwrap());
                 if dice.roll(4) == 0 {
-                    saved = newest.full_snapshot().unwrap().into_iter().collect();
+                    saved = full(&newest).into_iter().collect();
                 }
                 then = model.clone();
                 since.clear();
@@ -430,4 +432,8 @@ fn an_expired_row_of_a_table_that_takes_over_is_deleted() {
         [1, 2].map(|user| ((user, String::new()), "former".to_owned())).into();
     flush(&mut newest, &mut store, false);
     assert_eq!(store, [((2, String::new()), "new".to_owned())].into());
+}
+
+fn full(newest: &Newest) -> Option<RecordBatch> {
+    newest.full_cut().map(|cut| cut.gather().unwrap())
 }

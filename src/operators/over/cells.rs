@@ -64,6 +64,17 @@ impl Cell {
         }
     }
 
+    /// Reads some of it, so that the rest is near.
+    #[inline]
+    pub fn glance(&self) -> usize {
+        match self {
+            Self::Count(count) => *count as usize,
+            Self::Sum(sum) => sum.count as usize ^ sum.integer as usize,
+            Self::Extreme(extremes) => usize::from(extremes.least.is_some()),
+            Self::Sorted(values) => values.len(),
+        }
+    }
+
     pub fn add(&mut self, call: &Call, chunks: &Chunks, entry: &Entry) {
         let Some(value) = call.input(chunks, entry) else { return };
         match self {
@@ -198,7 +209,7 @@ struct State {
 ///
 /// # Errors
 /// Internal: a sum that has no 38 digits.
-pub fn write_states(call: &Call, cells: &[&Cell]) -> Result<Vec<ArrayRef>> {
+pub fn write_states(call: &Call, cells: &[Cell]) -> Result<Vec<ArrayRef>> {
     let states: Vec<State> = cells.iter().map(|cell| cell.state(call)).collect();
     let wraps = !matches!(call.output, DataType::Decimal128(_, _));
     let integers = states.iter().map(|s| if wraps { i128::from(s.integer as i64) } else { s.integer });

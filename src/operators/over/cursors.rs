@@ -42,6 +42,24 @@ impl Cursors {
         }
     }
 
+    /// No key has cursors here.
+    pub fn is_empty(&self) -> bool {
+        self.cells.is_empty()
+    }
+
+    /// Reads what a cursor needs ([`crate::operators::ahead`]).
+    #[inline]
+    pub fn glance(&self, slot: usize) -> usize {
+        let cells = self.cells[slot * self.calls..][..self.calls].iter();
+        cells.fold(self.start(slot), |seen, cell| seen ^ cell.glance())
+    }
+
+    /// Where the first frame of a slot begins, by its index among the rows.
+    #[inline]
+    pub fn start(&self, slot: usize) -> usize {
+        self.left.get(slot * self.frames).map_or(0, |left| *left as usize)
+    }
+
     pub fn cell(&self, slot: u32, call: usize) -> &Cell {
         &self.cells[slot as usize * self.calls + call]
     }

@@ -30,10 +30,11 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::{DataType, Schema, SchemaRef};
 
-pub use snapshot::OverSnapshot;
+pub use snapshot::{OverCut, OverSnapshot};
 pub use spec::{Frame, Function, OverSpec, WindowCall};
 
 use crate::error::Result;
+use crate::operators::ahead::{BLOCK, look};
 use crate::state::keys::{KeyIndex, hash_keys};
 use crate::stream::{ChangeBatch, Micros, START_OF_TIME};
 use agenda::Agenda;
@@ -234,16 +235,19 @@ impl Over {
         touched.dedup();
         let mut entries = Vec::with_capacity(touched.len());
         let mut results: Vec<Vec<Option<Value>>> = vec![Vec::with_capacity(touched.len()); self.calls.len()];
-        for slot in &touched {
-            let rows = &self.keys[*slot as usize].rows;
-            let Some(last) = rows.last().copied() else { continue };
-            let mut cursor = self.latest.at(*slot);
-            for (at, frame) in self.sliding.iter().enumerate() {
-                cursor.slide(at, frame, &self.calls, rows, &self.chunks, last.time);
-            }
-            entries.push(last);
-            for (at, call) in self.calls.iter().enumerate() {
-                results[at].push(cursor.cells[at].result(call));
+        for ahead in touched.chunks(BLOCK) {
+            self.look(ahead, &self.latest, KeyRows::last);
+            for slot in ahead {
+                let rows = &self.keys[*slot as usize].rows;
+                let Some(last) = rows.last().copied() else { continue };
+                let mut cursor = self.latest.at(*slot);
+                for (at, frame) in self.sliding.iter().enumerate() {
+                    cursor.slide(at, frame, &self.calls, rows, &self.chunks, last.time);
+                }
+                entries.push(last);
+                for (at, call) in self.calls.iter().enumerate() {
+                    results[at].push(cursor.cells[at].result(call));
+                }
             }
         }
         self.touched = touched;
@@ -264,10 +268,13 @@ impl Over {
         let mut results: Vec<Vec<Option<Value>>> = vec![Vec::new(); self.calls.len()];
         let mut due = std::mem::take(&mut self.due);
         self.pending.take_before(watermark, &mut due);
-        for slot in &due {
-            self.finalise(*slot, &mut entries, &mut results);
-            if entries.len() >= BATCH_ROWS {
-                self.flush(&mut entries, &mut results, &mut out)?;
+        for ahead in due.chunks(BLOCK) {
+            self.look(ahead, &self.finals, KeyRows::first_pending);
+            for slot in ahead {
+                self.finalise(*slot, &mut entries, &mut results);
+                if entries.len() >= BATCH_ROWS {
+                    self.flush(&mut entries, &mut results, &mut out)?;
+                }
             }
         }
         self.due = due;
@@ -279,7 +286,8 @@ impl Over {
 
     /// Interns the keys of input rows (`slots` gets one slot per row) and reads their argument columns.
     fn enter(&mut self, rows: &RecordBatch) -> Result<Vec<Argument>> {
-        let columns = self.key_columns(rows, true);
+        let columns: Vec<ArrayRef> =
+            self.spec.partition_by.iter().map(|key| Arc::clone(rows.column(*key))).collect();
         self.intern(&columns, rows.num_rows())?;
         let argument = |(column, presence): &(usize, bool)| Argument::new(rows.column(*column), *presence);
         self.arguments.iter().map(argument).collect()
@@ -299,14 +307,29 @@ impl Over {
         }
         let chunk = self.chunks.add(batch.rows.clone(), arguments, kept)?;
         let slots = std::mem::take(&mut self.slots);
-        for (row, slot) in slots.iter().enumerate() {
-            let (time, place, offset) = batch.origin.key(row);
-            if time >= pending_from {
-                self.insert(*slot, Entry { time, place, offset, chunk, row: row as u32 });
+        for (block, ahead) in slots.chunks(BLOCK).enumerate() {
+            self.look(ahead, &self.latest, KeyRows::last);
+            for (row, slot) in ahead.iter().enumerate() {
+                let row = block * BLOCK + row;
+                let (time, place, offset) = batch.origin.key(row);
+                if time >= pending_from {
+                    self.insert(*slot, Entry { time, place, offset, chunk, row: row as u32 });
+                }
             }
         }
         self.slots = slots;
         Ok(())
+    }
+
+    /// Looks at keys, their cursors, the row where a frame begins, and the one that `first` names with its arguments.
+    fn look(&self, slots: &[u32], cursors: &Cursors, first: impl Fn(&KeyRows) -> Option<&Entry>) {
+        if !cursors.is_empty() {
+            look(slots, |slot| cursors.glance(slot));
+        }
+        look(slots, |slot| self.keys[slot].rows.len());
+        look(slots, |slot| self.keys[slot].rows.glance(cursors.start(slot)));
+        let arguments = |entry: &Entry| self.chunks.glance(entry);
+        look(slots, |slot| first(&self.keys[slot].rows).map_or(0, arguments));
     }
 
     fn intern(&mut self, columns: &[ArrayRef], rows: usize) -> Result<()> {

@@ -66,6 +66,12 @@ impl KeyRows {
         &self.entries[at]
     }
 
+    /// Reads an entry, so that it is near ([`crate::operators::ahead`]).
+    #[inline]
+    pub fn glance(&self, at: usize) -> usize {
+        self.entries.get(at).map_or(0, |entry| entry.row as usize)
+    }
+
     pub fn last(&self) -> Option<&Entry> {
         self.entries.back()
     }
@@ -125,6 +131,18 @@ impl Argument {
             ),
             _ => Self::Integer(cast(column, &DataType::Int64)?.as_primitive().clone()),
         })
+    }
+
+    /// Reads a row, so that it is near.
+    #[inline]
+    fn glance(&self, row: usize) -> usize {
+        match self {
+            Self::Integer(a) => a.values()[row] as usize,
+            Self::Unsigned(a) => a.values()[row] as usize,
+            Self::Decimal(a) => a.values()[row] as usize,
+            Self::Float(a) => a.values()[row].to_bits() as usize,
+            Self::Filter(_) | Self::Present(_) => 0,
+        }
     }
 
     /// The value of a row, `None` for NULL.
@@ -198,6 +216,13 @@ impl Chunks {
     pub fn value(&self, entry: &Entry, argument: usize) -> Option<Value> {
         let chunk = self.chunks.get(entry.chunk as usize)?.as_ref()?;
         chunk.arguments[argument].value(entry.row as usize)
+    }
+
+    /// Reads the arguments of a row, so that they are near.
+    #[inline]
+    pub fn glance(&self, entry: &Entry) -> usize {
+        let Some(Some(chunk)) = self.chunks.get(entry.chunk as usize) else { return 0 };
+        chunk.arguments.iter().fold(0, |seen, argument| seen ^ argument.glance(entry.row as usize))
     }
 
     pub fn len(&self) -> usize {

@@ -7,9 +7,9 @@
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, Int64Array, RecordBatch};
-use arrow::datatypes::{DataType, Field, Int64Type, Schema};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 
-use super::cells::{read_state, state_fields, write_states};
+use super::cells::{Call, Cell, read_state, state_fields, write_states};
 use super::rows::Entry;
 use super::{Frame, Over};
 use crate::error::{Error, Result};
@@ -25,35 +25,85 @@ pub struct OverSnapshot {
     pub keys: Option<RecordBatch>,
 }
 
+/// What a snapshot is made of, as it was at a barrier. It is put together aside, while the operator goes on.
+#[derive(Debug)]
+pub struct OverCut {
+    pub rows: RowsCut,
+    pub keys: KeysCut,
+}
+
+/// Input since the previous snapshot, in the batches in which it came.
+#[derive(Debug)]
+pub struct RowsCut {
+    schema: SchemaRef,
+    batches: Vec<ChangeBatch>,
+}
+
+/// Keys that have changed since the previous snapshot.
+#[derive(Debug)]
+pub struct KeysCut {
+    columns: Vec<ArrayRef>,
+    /// Of calls with unbounded frames: which one, and its cell for each key.
+    states: Vec<(usize, Call, Vec<Cell>)>,
+}
+
+impl RowsCut {
+    /// # Errors
+    /// Internal only.
+    pub fn gather(self) -> Result<Option<RecordBatch>> {
+        if self.batches.is_empty() {
+            return Ok(None);
+        }
+        with_origin(&ChangeBatch::concat(&self.schema, &self.batches)?).map(Some)
+    }
+}
+
+impl KeysCut {
+    /// # Errors
+    /// Internal only.
+    pub fn gather(self) -> Result<Option<RecordBatch>> {
+        if self.states.is_empty() {
+            return Ok(None);
+        }
+        let mut columns = self.columns;
+        let mut fields: Vec<Field> = (0..columns.len())
+            .map(|at| Field::new(format!("k{at}"), columns[at].data_type().clone(), true))
+            .collect();
+        for (at, call, cells) in self.states {
+            columns.extend(write_states(&call, &cells)?);
+            fields.extend(state_fields(at));
+        }
+        Ok(Some(RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?))
+    }
+}
+
 impl Over {
+    /// [`Over::cut`], put together.
+    ///
     /// # Errors
     /// Internal only.
     pub fn snapshot(&mut self) -> Result<OverSnapshot> {
-        let rows = match self.fresh.is_empty() {
-            true => None,
-            false => {
-                let batch = ChangeBatch::concat(&self.spec.input, &std::mem::take(&mut self.fresh))?;
-                Some(with_origin(&batch)?)
-            }
-        };
+        let OverCut { rows, keys } = self.cut()?;
+        Ok(OverSnapshot { rows: rows.gather()?, keys: keys.gather()? })
+    }
+
+    /// What has changed since the previous one.
+    ///
+    /// # Errors
+    /// Internal only.
+    pub fn cut(&mut self) -> Result<OverCut> {
+        let (schema, batches) = (Arc::clone(&self.spec.input), std::mem::take(&mut self.fresh));
+        let rows = RowsCut { schema, batches };
         let dirty = std::mem::take(&mut self.dirty);
         dirty.iter().for_each(|slot| self.keys[*slot as usize].dirty = false);
         let dirty: Vec<u32> = dirty.into_iter().filter(|slot| !self.keys[*slot as usize].closed).collect();
         let unbounded = self.unbounded();
         if dirty.is_empty() || unbounded.is_empty() {
-            return Ok(OverSnapshot { rows, keys: None });
+            return Ok(OverCut { rows, keys: KeysCut { columns: Vec::new(), states: Vec::new() } });
         }
-        let mut columns = self.index.keys(&dirty)?;
-        let mut fields: Vec<Field> = (0..columns.len())
-            .map(|at| Field::new(format!("k{at}"), columns[at].data_type().clone(), true))
-            .collect();
-        for at in unbounded {
-            let cells: Vec<_> = dirty.iter().map(|slot| self.finals.cell(*slot, at)).collect();
-            columns.extend(write_states(&self.calls[at], &cells)?);
-            fields.extend(state_fields(at));
-        }
-        let keys = RecordBatch::try_new(Arc::new(Schema::new(fields)), columns)?;
-        Ok(OverSnapshot { rows, keys: Some(keys) })
+        let cells = |at: usize| dirty.iter().map(|slot| self.finals.cell(*slot, at).clone()).collect();
+        let states = unbounded.into_iter().map(|at| (at, self.calls[at].clone(), cells(at))).collect();
+        Ok(OverCut { rows, keys: KeysCut { columns: self.index.keys(&dirty)?, states } })
     }
 
     /// The next snapshot holds all keys, so that it replaces every earlier segment of keys.
@@ -67,13 +117,11 @@ impl Over {
         self.fresh.clear();
     }
 
-    /// Key columns of a segment, for key groups: of rows by the spec, of keys the leading ones.
-    pub fn key_columns(&self, batch: &RecordBatch, of_rows: bool) -> Vec<ArrayRef> {
-        let pick = |at: usize| Arc::clone(batch.column(at));
-        if of_rows {
-            self.spec.partition_by.iter().map(|key| pick(*key)).collect()
-        } else {
-            (0..self.spec.partition_by.len()).map(pick).collect()
+    /// Where the key columns of a segment are, for key groups: of rows by the spec, of keys the leading ones.
+    pub fn key_columns(&self, of_rows: bool) -> Vec<usize> {
+        match of_rows {
+            true => self.spec.partition_by.clone(),
+            false => (0..self.spec.partition_by.len()).collect(),
         }
     }
 

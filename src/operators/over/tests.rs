@@ -176,15 +176,16 @@ struct Saved {
 }
 
 fn restart(over: &mut Over, spec: &OverSpec, saved: &mut Saved) {
-    let snapshot = over.snapshot().unwrap();
-    saved.rows.extend(snapshot.rows);
-    saved.keys.extend(snapshot.keys);
-    let horizon = over.horizon();
+    let (cut, horizon, watermark) = (over.cut().unwrap(), over.horizon(), over.watermark());
+    // It is put together later, and holds what was there at the cut.
+    over.advance(END_OF_TIME).unwrap();
+    saved.rows.extend(cut.rows.gather().unwrap());
+    saved.keys.extend(cut.keys.gather().unwrap());
     saved
         .rows
         .retain(|rows| crate::state::compaction::times_of(rows).is_some_and(|(_, newest)| newest >= horizon));
     let mut next = Over::new(spec.clone()).unwrap();
-    next.restore(&saved.rows, &saved.keys, over.watermark()).unwrap();
+    next.restore(&saved.rows, &saved.keys, watermark).unwrap();
     *over = next;
 }
 
