@@ -17,8 +17,10 @@ use crate::error::Result;
 use crate::runtime::inbox::{Event, Inbox};
 use crate::stream::{ChangeBatch, Message, Micros, Reached};
 
-/// Batches of so many rows are not held.
+/// So many rows are not held, nor a batch of half as many with others.
 const ROWS: usize = 8_192;
+/// So many bytes are not held: rows may be wide, and an encoder makes a text of each batch.
+const BYTES: usize = 16 << 20;
 /// How long rows are held at most, so that what counts them is not far behind.
 const HOLD: Duration = Duration::from_millis(200);
 
@@ -28,7 +30,8 @@ pub struct Gather {
     sender: Sender<Message>,
     held: Vec<ChangeBatch>,
     rows: usize,
-    /// Behind the rows held.
+    bytes: usize,
+    /// Behind the rows held, by the input that came last; who writes files does not ask.
     reached: Option<Arc<Reached>>,
     watermark: Option<(Micros, Arc<Reached>)>,
     /// When what is held goes on.
@@ -37,7 +40,7 @@ pub struct Gather {
 
 impl Gather {
     pub fn new(inbox: Inbox, sender: Sender<Message>) -> Self {
-        Self { inbox, sender, held: Vec::new(), rows: 0, reached: None, watermark: None, due: None }
+        Self { inbox, sender, held: Vec::new(), rows: 0, bytes: 0, reached: None, watermark: None, due: None }
     }
 
     /// Runs until the last barrier, or until nobody reads any more.
@@ -59,13 +62,7 @@ impl Gather {
                 },
             };
             let goes_on = match event {
-                Event::Changes { batch, reached } => {
-                    self.rows += batch.num_rows();
-                    self.held.push(batch);
-                    self.reached = Some(reached);
-                    self.hold();
-                    self.rows < ROWS || self.pass().await?
-                }
+                Event::Changes { batch, reached } => self.take(batch, reached).await?,
                 Event::Watermark { time, reached } => {
                     self.watermark = Some((time, reached));
                     self.hold();
@@ -84,13 +81,28 @@ impl Gather {
         }
     }
 
+    /// Holds a batch, unless it is large; whether there is a reader.
+    async fn take(&mut self, batch: ChangeBatch, reached: Arc<Reached>) -> Result<bool> {
+        let (rows, bytes) = (batch.num_rows(), batch.rows.get_array_memory_size());
+        let fits = self.rows + rows <= ROWS && self.bytes + bytes <= BYTES;
+        let is_large = rows > ROWS / 2 || bytes > BYTES / 2;
+        if !self.held.is_empty() && (is_large || !fits) && !self.pass().await? {
+            return Ok(false);
+        }
+        (self.rows, self.bytes) = (self.rows + rows, self.bytes + bytes);
+        self.held.push(batch);
+        self.reached = Some(reached);
+        self.hold();
+        Ok(!is_large || self.pass().await?)
+    }
+
     fn hold(&mut self) {
         self.due.get_or_insert_with(|| Instant::now() + HOLD);
     }
 
     /// Passes on what is held; whether there is a reader, whose own error is reported by itself.
     async fn pass(&mut self) -> Result<bool> {
-        (self.rows, self.due) = (0, None);
+        (self.rows, self.bytes, self.due) = (0, 0, None);
         if let Some(reached) = self.reached.take() {
             let batch = match &self.held[..] {
                 [one] => one.clone(),
@@ -108,7 +120,7 @@ impl Gather {
 
 #[cfg(test)]
 mod tests {
-    use arrow::array::{AsArray, Int64Array, RecordBatch};
+    use arrow::array::{AsArray, Int64Array, RecordBatch, StringArray};
     use arrow::datatypes::{DataType, Field, Int64Type, Schema};
     use tokio::sync::mpsc::{Receiver, channel};
 
@@ -169,12 +181,41 @@ mod tests {
     #[tokio::test]
     async fn many_rows_and_old_rows_wait_for_no_barrier() {
         let (sender, mut gathered, _run) = gathering();
-        let most = ROWS as i64 - 1;
-        put(&sender, rows(0..most, None)).await;
-        put(&sender, rows(most..most + 5, None)).await;
-        assert_eq!(taken(&mut gathered).await.len(), ROWS + 4);
+        let half = ROWS as i64 / 2;
+        for range in [0..half, half..2 * half - 1, 0..2, 0..half + 1] {
+            put(&sender, rows(range, None)).await;
+        }
+        let mut sizes = Vec::new();
+        for _ in 0..3 {
+            sizes.push(taken(&mut gathered).await.len());
+        }
+        assert_eq!(
+            sizes,
+            [ROWS - 1, 2, ROWS / 2 + 1],
+            "what is full, what stood before a large one, the large one alone"
+        );
         put(&sender, rows(7..8, None)).await;
         assert_eq!(taken(&mut gathered).await, [7], "no further message came");
+    }
+
+    #[tokio::test]
+    async fn wide_rows_are_not_held_together() {
+        let (sender, mut gathered, _run) = gathering();
+        let wide = |number: i64| {
+            let text = StringArray::from(vec!["x".repeat(BYTES / 3)]);
+            let schema = Arc::new(Schema::new(vec![Field::new("text", DataType::Utf8, false)]));
+            let batch = RecordBatch::try_new(schema, vec![Arc::new(text)]).unwrap();
+            ChangeBatch { rows: batch, ..rows(number..number + 1, None) }
+        };
+        for number in 0..5 {
+            put(&sender, wide(number)).await;
+        }
+        let mut sizes = Vec::new();
+        while sizes.iter().sum::<usize>() < 5 {
+            let Some(Message::Changes { batch, .. }) = gathered.recv().await else { panic!("no rows") };
+            sizes.push(batch.num_rows());
+        }
+        assert_eq!(sizes, [2, 2, 1]);
     }
 
     #[tokio::test]

@@ -40,7 +40,7 @@ use crate::runtime::outage::Failing;
 use crate::runtime::outage::Losses;
 #[cfg(feature = "redis")]
 use crate::runtime::remote::{Cache, Remote};
-use crate::runtime::report::{Command, Report};
+use crate::runtime::report::{Command, Report, caught};
 use crate::runtime::silence::{Silence, pulse};
 #[cfg(feature = "delta")]
 use crate::runtime::sinks::DeltaTask;
@@ -476,7 +476,7 @@ impl Graph<'_> {
 }
 
 async fn watched(reports: Sender<Report>, task: impl Future<Output = Result<()>>) {
-    if let Err(error) = task.await {
+    if let Err(error) = caught(task).await {
         // Nobody listens any more when the pipeline is already going down.
         reports.send(Report::Failed(error)).await.ok();
     }

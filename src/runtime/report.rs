@@ -1,5 +1,8 @@
 //! What tasks tell the coordinator, and what it tells the source.
 
+use std::panic::AssertUnwindSafe;
+
+use futures::FutureExt;
 use tokio::sync::mpsc::Sender;
 
 use crate::error::{Error, Result};
@@ -74,10 +77,23 @@ pub struct SourceEpoch {
 pub fn behind(reports: &Sender<Report>, work: impl Future<Output = Result<Report>> + Send + 'static) {
     let reports = reports.clone();
     aside::spawn(async move {
-        let report = work.await.unwrap_or_else(Report::Failed);
+        let report = caught(work).await.unwrap_or_else(Report::Failed);
         // Nobody listens any more when the pipeline is already going down.
         reports.send(report).await.ok();
     });
+}
+
+/// What work comes to; a panic is an error like others. Else nobody would hear of it: the coordinator would wait for a
+/// report for ever.
+///
+/// # Errors
+/// Those of the work. Internal: it panicked.
+pub async fn caught<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        Err(Error::internal(format!("a task of the pipeline panicked: {text}")))
+    })
 }
 
 /// From the coordinator to a source shard.
@@ -109,4 +125,18 @@ pub struct Ends {
     pub at: std::time::Instant,
     /// Not one of the answers in between, which only show that the broker is there.
     pub is_full: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_panic_beside_the_stream_is_a_report() {
+        let (reports, mut receiver) = tokio::sync::mpsc::channel(1);
+        let rows: Vec<i64> = Vec::new();
+        behind(&reports, async move { Ok(Report::AtEnd { shard: rows[7] as usize }) });
+        let Some(Report::Failed(error)) = receiver.recv().await else { panic!("no failure") };
+        assert!(error.message().contains("panicked: index out of bounds"), "{error}");
+    }
 }

@@ -236,7 +236,7 @@ impl Over {
         let mut entries = Vec::with_capacity(touched.len());
         let mut results: Vec<Vec<Option<Value>>> = vec![Vec::with_capacity(touched.len()); self.calls.len()];
         for ahead in touched.chunks(BLOCK) {
-            self.look(ahead, &self.latest, KeyRows::last);
+            self.look(ahead, &self.latest, |_, rows| rows.last().map_or(0, |last| last.row as usize));
             for slot in ahead {
                 let rows = &self.keys[*slot as usize].rows;
                 let Some(last) = rows.last().copied() else { continue };
@@ -269,7 +269,9 @@ impl Over {
         let mut due = std::mem::take(&mut self.due);
         self.pending.take_before(watermark, &mut due);
         for ahead in due.chunks(BLOCK) {
-            self.look(ahead, &self.finals, KeyRows::first_pending);
+            self.look(ahead, &self.finals, |chunks, rows| {
+                rows.first_pending().map_or(0, |first| chunks.glance(first))
+            });
             for slot in ahead {
                 self.finalise(*slot, &mut entries, &mut results);
                 if entries.len() >= BATCH_ROWS {
@@ -308,7 +310,7 @@ impl Over {
         let chunk = self.chunks.add(batch.rows.clone(), arguments, kept)?;
         let slots = std::mem::take(&mut self.slots);
         for (block, ahead) in slots.chunks(BLOCK).enumerate() {
-            self.look(ahead, &self.latest, KeyRows::last);
+            self.look(ahead, &self.latest, |_, rows| rows.last().map_or(0, |last| last.row as usize));
             for (row, slot) in ahead.iter().enumerate() {
                 let row = block * BLOCK + row;
                 let (time, place, offset) = batch.origin.key(row);
@@ -321,15 +323,14 @@ impl Over {
         Ok(())
     }
 
-    /// Looks at keys, their cursors, the row where a frame begins, and the one that `first` names with its arguments.
-    fn look(&self, slots: &[u32], cursors: &Cursors, first: impl Fn(&KeyRows) -> Option<&Entry>) {
+    /// Looks at keys, their cursors, the row where a frame begins, and what `glance` does with the chunks and rows of each.
+    fn look(&self, slots: &[u32], cursors: &Cursors, glance: impl Fn(&Chunks, &KeyRows) -> usize) {
         if !cursors.is_empty() {
             look(slots, |slot| cursors.glance(slot));
         }
         look(slots, |slot| self.keys[slot].rows.len());
         look(slots, |slot| self.keys[slot].rows.glance(cursors.start(slot)));
-        let arguments = |entry: &Entry| self.chunks.glance(entry);
-        look(slots, |slot| first(&self.keys[slot].rows).map_or(0, arguments));
+        look(slots, |slot| glance(&self.chunks, &self.keys[slot].rows));
     }
 
     fn intern(&mut self, columns: &[ArrayRef], rows: usize) -> Result<()> {
