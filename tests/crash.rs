@@ -280,7 +280,10 @@ impl Crashes {
         for partition in 0..2 {
             let (low, high) = consumer.fetch_watermarks(&topic, partition, Duration::from_secs(20)).unwrap();
             list.add_partition_offset(&topic, partition, rdkafka::Offset::Offset(low)).unwrap();
-            left.insert(partition, high);
+            // Records without a key go to one partition for some time: all of a short run may be in the other.
+            if high > low {
+                left.insert(partition, high);
+            }
         }
         consumer.assign(&list).unwrap();
         let (mut seen, begun) = (BTreeSet::new(), Instant::now());
