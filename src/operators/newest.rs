@@ -15,7 +15,7 @@
 //! goes back with [`Newest::give_back`].
 //!
 //! # Snapshots
-//! [`Newest::snapshot`] holds the rows that were pushed, or marked by [`Newest::mark_all_dirty`], since the last one.
+//! [`Newest::cut`] holds the rows that were pushed, or marked by [`Newest::mark_all_dirty`], since the last one.
 //! An acknowledgement alone is not a change, so a restored row may be dirty although the store has it. That is
 //! harmless: it is written once more with the same values. The other way round cannot happen, provided that a
 //! snapshot taken after `mark_all_dirty` is durable before the fence of the emptied store is raised again.
@@ -53,7 +53,7 @@ use super::slots::{Chunks, Pointer};
 use keys::{Keys, NO_SLOT};
 pub use snapshot::NewestCut;
 
-/// Names of the columns that [`Newest::snapshot`] adds behind the row's own.
+/// Names of the columns that [`NewestCut::gather`] adds behind the row's own.
 pub const SNAPSHOT_COLUMNS: [&str; 5] = ["__time", "__place", "__offset", "__dirty", DELETED];
 
 /// Time buckets per ttl.

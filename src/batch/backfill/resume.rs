@@ -281,8 +281,8 @@ impl<'s, 'a> Pass<'s, 'a> {
         self.refilled();
         self.advance(self.interval.to, out).await?;
         self.over.mark_all_dirty();
-        let states = match self.over.snapshot() {
-            Ok(snapshot) => snapshot.keys,
+        let states = match self.over.cut().and_then(|cut| cut.keys.gather()) {
+            Ok(states) => states,
             Err(error) => {
                 tracing::warn!(%error, "a state cannot be stored; the next interval reads more");
                 None

@@ -20,7 +20,7 @@ pub struct NewestCut {
 }
 
 impl NewestCut {
-    /// The rows, with [`SNAPSHOT_COLUMNS`] behind their own.
+    /// The rows, with [`super::SNAPSHOT_COLUMNS`] behind their own.
     ///
     /// # Errors
     /// Internal, from arrow.
@@ -40,14 +40,6 @@ impl NewestCut {
 }
 
 impl Newest {
-    /// [`Newest::cut`], put together.
-    ///
-    /// # Errors
-    /// Internal, from arrow.
-    pub fn snapshot(&mut self) -> Result<Option<RecordBatch>> {
-        self.cut()?.map(NewestCut::gather).transpose()
-    }
-
     /// The rows changed since the last one, `None` when none did. In no particular order.
     ///
     /// # Errors

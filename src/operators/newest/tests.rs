@@ -7,6 +7,7 @@ use arrow::array::{Array, AsArray, Int64Array, RecordBatch, StringArray, StringV
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, SchemaRef};
 
 use super::{DirtyBatch, Newest, NewestCut, SNAPSHOT_COLUMNS};
+use crate::error::Result;
 use crate::stream::dice::Dice;
 use crate::stream::{ChangeBatch, Origin};
 
@@ -432,6 +433,12 @@ fn an_expired_row_of_a_table_that_takes_over_is_deleted() {
         [1, 2].map(|user| ((user, String::new()), "former".to_owned())).into();
     flush(&mut newest, &mut store, false);
     assert_eq!(store, [((2, String::new()), "new".to_owned())].into());
+}
+
+impl Newest {
+    fn snapshot(&mut self) -> Result<Option<RecordBatch>> {
+        self.cut()?.map(NewestCut::gather).transpose()
+    }
 }
 
 fn full(newest: &Newest) -> Option<RecordBatch> {

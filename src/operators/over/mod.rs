@@ -30,7 +30,7 @@ use std::sync::Arc;
 use arrow::array::{ArrayRef, RecordBatch};
 use arrow::datatypes::{DataType, Schema, SchemaRef};
 
-pub use snapshot::{OverCut, OverSnapshot};
+pub use snapshot::OverCut;
 pub use spec::{Frame, Function, OverSpec, WindowCall};
 
 use crate::error::Result;

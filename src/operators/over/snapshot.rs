@@ -18,13 +18,6 @@ use crate::stream::{ChangeBatch, Micros, Origin};
 /// Columns behind the input's own in a segment of rows.
 pub const ORIGIN: [&str; 3] = ["__time", "__place", "__offset"];
 
-/// Changes since the previous snapshot; `None` where nothing changed.
-#[derive(Debug)]
-pub struct OverSnapshot {
-    pub rows: Option<RecordBatch>,
-    pub keys: Option<RecordBatch>,
-}
-
 /// What a snapshot is made of, as it was at a barrier. It is put together aside, while the operator goes on.
 #[derive(Debug)]
 pub struct OverCut {
@@ -78,15 +71,6 @@ impl KeysCut {
 }
 
 impl Over {
-    /// [`Over::cut`], put together.
-    ///
-    /// # Errors
-    /// Internal only.
-    pub fn snapshot(&mut self) -> Result<OverSnapshot> {
-        let OverCut { rows, keys } = self.cut()?;
-        Ok(OverSnapshot { rows: rows.gather()?, keys: keys.gather()? })
-    }
-
     /// What has changed since the previous one.
     ///
     /// # Errors

@@ -300,7 +300,7 @@ fn memory_of_rows_that_no_frame_needs_is_freed() {
         let kept: Vec<Row> = part.iter().filter(|row| row.time >= over.watermark()).cloned().collect();
         over.push(&batch(&kept)).unwrap();
         over.advance(kept.iter().map(|row| row.time).max().unwrap() - 100).unwrap();
-        over.snapshot().unwrap();
+        over.cut().unwrap();
         most = most.max(over.chunks());
     }
     assert!(most <= 8, "{most} batches of about 1,450 µs were held for a frame of 1,000 µs");
@@ -359,9 +359,9 @@ async fn resumed_case(seed: u64) {
         }
         found.extend(out.iter().flat_map(|batch| results(&batch.rows, schema().fields().len())));
         over.mark_all_dirty();
-        let snapshot = over.snapshot().unwrap();
-        assert!(snapshot.rows.is_none(), "seed {seed}: input was forgotten");
-        states.push((until, snapshot.keys.into_iter().collect()));
+        let cut = over.cut().unwrap();
+        assert!(cut.rows.gather().unwrap().is_none(), "seed {seed}: input was forgotten");
+        states.push((until, cut.keys.gather().unwrap().into_iter().collect()));
         from = until;
     }
     assert_eq!(found, answer, "seed {seed}: {sql}");
